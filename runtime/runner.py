@@ -1,0 +1,96 @@
+"""Runner: what a backend is. Checks, fault bookkeeping and clean-up are here; a backend writes only `_infer` and `_inject`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.errors import BackendError, DataError, FaultError
+from resq_deploy.faults import FaultSpace, Flips
+
+Images = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+
+class Runner(ABC):
+    """A deployed network that can be run, and whose weight memory can be flipped.
+
+        with open_runner(bundle) as r:
+            logits = r(images)                 # float32 [B, C, H, W] in [0, 1] -> float32 [B, classes]
+            with r.faults(flips):
+                logits = r(images)             # weight memory changed inside the block only
+
+    `space` is the whole weight memory of the deployed INT8 graph; `shape` is (C, H, W).
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(self, space: FaultSpace, shape: tuple[int, int, int], classes: int) -> None:
+        self.space = space
+        self.shape = shape
+        self.classes = classes
+        self._faulty = False
+
+    def __call__(self, images: Images) -> Logits:
+        """Logits, float32 [B, classes], of images float32 [B, C, H, W] in [0, 1]. Raises DataError on another shape."""
+        if images.ndim != 4 or images.shape[1:] != self.shape:
+            want = "x".join(map(str, self.shape))
+            raise DataError(f"images of shape {images.shape} given, [B, C, H, W] with {want} expected")
+        if images.shape[0] == 0:
+            return np.zeros((0, self.classes), dtype=np.float32)
+        return self._infer(np.ascontiguousarray(images, dtype=np.float32))
+
+    @contextmanager
+    def faults(self, flips: Flips) -> Iterator[None]:
+        """Weight memory with these bits flipped, inside the block only; restored however the block ends.
+
+        Raises FaultError for addresses this runner does not have, and BackendError where memory did not change, or was not
+        back afterwards. Blocks do not nest.
+        """
+        if self._faulty:
+            raise FaultError("faults() blocks do not nest", "merge the fault lists into one trial")
+        for name in flips:
+            if name not in self.space.by_name:
+                raise FaultError(f"no tensor {name!r} in this bundle")
+        if missing := self.unreachable(flips):
+            raise BackendError(f"{self.backend} cannot reach {missing} of the {flips.count} bits to be flipped")
+        self._faulty = True
+        try:
+            with self._inject(flips):
+                yield
+        finally:
+            self._faulty = False
+
+    def unreachable(self, flips: Flips) -> int:
+        """How many of these bits this backend cannot change (a plan's weight that was not located). 0: all can be."""
+        return 0
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ran, for the report: library version, threads, way of injection, ... JSON types only."""
+        return {"backend": self.backend}
+
+    def close(self) -> None:
+        """Give back what the backend holds. A closed runner cannot be used again."""
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _infer(self, images: Images) -> Logits:
+        """Logits of checked, contiguous images with B >= 1."""
+
+    @abstractmethod
+    def _inject(self, flips: Flips) -> AbstractContextManager[None]:
+        """A context in which the flips are in the memory that runs, and after which golden memory is back, checked."""
