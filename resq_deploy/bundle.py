@@ -1,0 +1,286 @@
+"""Bundle: the directory that is deployed and validated. Written atomically, read only after its hashes match."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from resq_deploy.errors import BundleError, IntegrityError
+from resq_deploy.manifest import SCHEMA_VERSION, Attack, FileEntry, Manifest
+
+MANIFEST = "manifest.json"
+INT8 = "model.int8.onnx"
+FP32 = "model.fp32.onnx"
+EVAL = "eval.npz"
+
+_MANIFEST_LIMIT = 256 * 2**20  # bytes read before anything is parsed
+_ARRAY_LIMIT = 16 * 2**30  # bytes one array of an npz may claim
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    sha = hashlib.sha256()
+    while block := file.read(2**20):
+        sha.update(block)
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Labelled images: float32 [N, C, H, W] in [0, 1] and int64 [N]. `indices`: their place in the evaluation sample."""
+
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.labels.size)
+
+    def take(self, count: int | None) -> Sample:
+        """The first `count` images (None: all)."""
+        return self if count is None else Sample(self.images[:count], self.labels[:count], self.indices[:count])
+
+
+class Bundle:
+    """A bundle on disk. `Bundle.open` verifies every file's size and sha256 before anything else reads it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+        """Open a bundle. Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file)."""
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a bundle", "a bundle is the directory that resq-export writes")
+        bundle = cls(root, _read_manifest(root / MANIFEST))
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare every file with the manifest. Raises IntegrityError at the first that is missing, changed or foreign."""
+        for name, entry in self.manifest.files.items():
+            path = self.file(name)
+            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+                raise IntegrityError(f"{path} is not the file that the manifest names", "export the model again")
+        listed = {*self.manifest.files, MANIFEST}
+        for name in ("model.int8.onnx", EVAL):
+            if name not in listed:
+                raise IntegrityError(f"{self.path / MANIFEST} does not list {name}", "export the model again")
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists. Raises IntegrityError when it is not listed, missing, or a link."""
+        if name not in self.manifest.files or not is_inside(name):
+            raise IntegrityError(f"{self.path} has no file {name!r}", "export the model again")
+        path = self.path / name
+        if path.is_symlink() or not path.is_file():
+            raise IntegrityError(f"{path} is missing", "copy the whole bundle, or export the model again")
+        return path
+
+    @property
+    def int8(self) -> Path:
+        """The deployed graph, model.int8.onnx."""
+        return self.file(INT8)
+
+    @property
+    def fp32(self) -> Path:
+        """The FP32 graph that it came from, model.fp32.onnx."""
+        return self.file(FP32)
+
+    def eval_sample(self) -> Sample:
+        """The held-out sample that travels with the bundle."""
+        arrays = read_npz(self.file(EVAL))
+        return _sample(self.path / EVAL, arrays, self.manifest)
+
+    def attack_sample(self, name: str) -> tuple[Sample, Attack]:
+        """A stored set of adversarial inputs and what made it. Raises BundleError when it is not this bundle's."""
+        spec = self.manifest.attacks.get(name)
+        if spec is None:
+            known = ", ".join(self.manifest.attacks) or "none"
+            raise BundleError(f"{self.path} has no stored attack {name!r}", f"stored: {known}")
+        path = self.file(f"attacks/{name}.npz")
+        return _sample(path, read_npz(path), self.manifest), spec
+
+
+class BundleWriter:
+    """Writes a bundle into a folder beside its final place, and moves it there in one step.
+
+    with BundleWriter(path) as writer:
+        ... files under writer.dir ...
+        writer.finish(manifest)
+
+    Left without `finish` (an error, Ctrl-C) nothing stays behind. Raises BundleError where `path` exists (unless `force`) or
+    cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        self.path = Path(path)
+        self.force = force
+        check_free(self.path, force=force)
+
+    def __enter__(self) -> BundleWriter:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.dir = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            self.dir.chmod(0o755)
+        except OSError as error:
+            raise BundleError(f"cannot write {self.path}: {error.strerror}", "choose another -o") from error
+        return self
+
+    def save_npz(self, name: str, **arrays: NDArray[Any]) -> None:
+        """Write arrays to `name` in the bundle; the same arrays give the same bytes."""
+        write_npz(self.dir / name, arrays)
+
+    def finish(self, manifest: Mapping[str, Any]) -> Bundle:
+        """Hash all files, write the manifest (everything but `files` is given) and put the bundle in its place."""
+        names = sorted(p.relative_to(self.dir).as_posix() for p in self.dir.rglob("*") if p.is_file())
+        files = {n: FileEntry(sha256=sha256_of(self.dir / n), size=(self.dir / n).stat().st_size) for n in names}
+        checked = Manifest.model_validate({**manifest, "files": files})
+        (self.dir / MANIFEST).write_text(checked.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _replace(self.dir, self.path, force=self.force)
+        return Bundle(self.path, checked)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Raise BundleError unless an output can be made at `path`; asked before any long work."""
+    if path.exists() and not force:
+        raise BundleError(f"{path} exists already", "choose another -o, or overwrite it with --force")
+    if path.exists() and not (path.is_dir() and (path / MANIFEST).exists()):
+        raise BundleError(f"{path} is not a bundle, so --force does not replace it", "choose another -o")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BundleError(f"{parent} cannot be written to", "choose another -o")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name of a manifest stays inside the bundle: relative, plain, no `..`."""
+    pure = PurePosixPath(name)
+    plain = name == pure.as_posix() and "\\" not in name and "\0" not in name and ":" not in name
+    return plain and not pure.is_absolute() and pure.parts != () and ".." not in pure.parts
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """An npz whose bytes depend on nothing but the arrays (no clock, no pickle)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, buffer.getvalue(), compresslevel=6)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an npz, without pickles; sizes are checked before memory is taken. Raises BundleError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {i.filename.removesuffix(".npy"): _read_array(archive, i) for i in archive.infolist()}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", "export the model again") from error
+    except Exception as error:  # zlib.error, struct.error, SyntaxError from a header: all say the same
+        raise BundleError(f"{path} is damaged ({type(error).__name__})", "export the model again") from error
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"npy version {version}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if dtype.hasobject or claimed > min(_ARRAY_LIMIT, info.file_size):
+            raise ValueError(f"array {info.filename} claims {claimed} bytes, the file holds {info.file_size}")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def as_pixels(images: NDArray[Any]) -> NDArray[np.float32]:
+    """uint8 0..255 or float images to float32 in [0, 1]."""
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(255)
+    return images.astype(np.float32)
+
+
+def compact(images: NDArray[np.float32]) -> NDArray[Any]:
+    """Pixels as uint8 where that loses nothing, else float32."""
+    codes = np.rint(images * 255).astype(np.uint8)
+    return codes if np.array_equal(as_pixels(codes), images) else images
+
+
+def _sample(path: Path, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> Sample:
+    try:
+        images, labels = as_pixels(arrays["x"]), arrays["y"].astype(np.int64)
+        indices = arrays.get("index", np.arange(labels.size)).astype(np.int64)
+    except (KeyError, ValueError, TypeError) as error:
+        raise BundleError(f"{path} lacks x or y", "export the model again") from error
+    fits = images.ndim == 4 and images.shape[1:] == manifest.input.shape and len(images) == labels.size == indices.size
+    if not fits or labels.size == 0:
+        raise BundleError(f"{path} does not fit the bundle's input", "export the model again")
+    if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+        raise BundleError(f"{path} has pixels outside [0, 1]", "export the model again")
+    if labels.min() < 0 or labels.max() >= len(manifest.classes):
+        raise BundleError(f"{path} has labels outside the bundle's classes", "export the model again")
+    return Sample(images, labels, indices)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}")
+    if path.stat().st_size > _MANIFEST_LIMIT:
+        raise BundleError(f"{path} is too large to be a manifest")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON", "export the model again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}", "upgrade resq-deploy")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path}: {where}: {first['msg']}", "export the model again") from error
+
+
+def _replace(source: Path, target: Path, *, force: bool) -> None:
+    try:
+        if force and target.exists():
+            old = source.with_name(source.name + ".old")
+            os.rename(target, old)
+            os.rename(source, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(source, target)
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror}", "choose another -o") from error

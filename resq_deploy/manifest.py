@@ -1,0 +1,151 @@
+"""manifest.json: what a bundle says about itself. Outside data, so pydantic reads it; every number is checked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys, NaN and infinities are refused; values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Input(Strict):
+    """What the artifact eats: float32 pixels in [0, 1], [B, C, H, W]; preprocessing (x - mean) / std is inside the graph."""
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: Literal["float32"] = "float32"
+    range: tuple[float, float] = (0.0, 1.0)
+    mean: tuple[float, ...]
+    std: tuple[Positive, ...]
+
+    @model_validator(mode="after")
+    def _channels(self) -> Input:
+        if min(self.shape) < 1 or len(self.mean) != self.shape[0] or len(self.std) != self.shape[0]:
+            raise ValueError("shape, mean and std do not fit together")
+        return self
+
+
+class WeightScale(Strict):
+    """How one INT8 initializer was quantized. `axis` is None for one scale per tensor."""
+
+    layer: str
+    op: str
+    shape: tuple[int, ...]
+    axis: int | None
+    scale: tuple[Positive, ...]
+    sqnr_db: float | None = None
+
+
+class ActivationScale(Strict):
+    """How one activation tensor was quantized: the range that was chosen, by which method, and what it costs."""
+
+    scale: Positive
+    low: float
+    high: float
+    method: str
+    sqnr_db: float | None = None
+
+
+class FloatOp(Strict):
+    """A node with weights that stays in high precision, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+class Quantization(Strict):
+    """Symmetric INT8: codes in [-128, 127], zero point 0."""
+
+    scheme: Literal["int8-symmetric-qdq"] = "int8-symmetric-qdq"
+    weights: dict[str, WeightScale]
+    activations: dict[str, ActivationScale]
+    float_ops: tuple[FloatOp, ...] = ()
+    high_precision: Literal["fp32", "fp16"] = "fp32"
+
+
+class Metrics(Strict):
+    """FP32 against INT8 on the held-out sample."""
+
+    samples: int = Field(ge=1)
+    fp32_accuracy: Share
+    int8_accuracy: Share
+    agreement: Share
+    sqnr_db: dict[str, float]
+
+
+class Adjustment(Strict):
+    """What stage III did (`steps`, in order) and what a measurement says it gained."""
+
+    applied: bool
+    design_ber: float | None = Field(default=None, gt=0.0, lt=1.0)
+    steps: tuple[dict[str, Any], ...] = ()
+    measured: dict[str, Any] = {}
+
+
+class Attack(Strict):
+    """One stored set of adversarial inputs: attacks/NAME.npz."""
+
+    attack: str
+    norm: Literal["linf", "l2"]
+    eps: float = Field(gt=0.0)
+    parameters: dict[str, Any] = {}
+    crafted_through: Literal["fp32", "twin", "artifact", "external"]
+    model_sha256: Sha256
+    samples: int = Field(ge=1)
+    transfer: dict[str, float] = {}
+
+
+class Engine(Strict):
+    """One plan: engines/NAME.plan, with its weight map, and what it was built for."""
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    built_for: dict[str, Any]
+    coverage: Share | None = None
+
+
+class FileEntry(Strict):
+    """What a file must be before anything reads it."""
+
+    sha256: Sha256
+    size: int = Field(ge=0)
+
+
+class Provenance(Strict):
+    """Where the bundle came from."""
+
+    versions: dict[str, str]
+    command: tuple[str, ...]
+    seed: int
+    model_sha256: Sha256
+    calibration: dict[str, Any]
+    training: dict[str, Any] = {}
+
+
+class Manifest(Strict):
+    """The whole of manifest.json."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    arch: str
+    input: Input
+    classes: tuple[str, ...] = Field(min_length=2)
+    quantization: Quantization
+    adjustment: Adjustment
+    metrics: Metrics
+    attacks: dict[str, Attack] = {}
+    engines: dict[str, Engine] = {}
+    files: dict[str, FileEntry]
+    provenance: Provenance
