@@ -34,7 +34,11 @@ _ARRAY_LIMIT = 16 * 2**30  # bytes one array of an npz may claim
 def sha256_of(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
@@ -46,7 +50,10 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Labelled images: float32 [N, C, H, W] in [0, 1] and int64 [N]. `indices`: their place in the evaluation sample."""
+    """Labelled images: float32 [N, C, H, W] in [0, 1] and int64 [N].
+
+    `indices`: their place in the evaluation sample.
+    """
 
     images: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -57,7 +64,11 @@ class Sample:
 
     def take(self, count: int | None) -> Sample:
         """The first `count` images (None: all)."""
-        return self if count is None else Sample(self.images[:count], self.labels[:count], self.indices[:count])
+        return (
+            self
+            if count is None
+            else Sample(self.images[:count], self.labels[:count], self.indices[:count])
+        )
 
 
 class Bundle:
@@ -69,25 +80,34 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
-        """Open a bundle. Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file)."""
+        """Open a bundle.
+
+        Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file).
+        """
         root = Path(path)
         if not root.is_dir():
-            raise BundleError(f"{root} is not a bundle", "a bundle is the directory that resq-export writes")
+            raise BundleError(
+                f"{root} is not a bundle", "a bundle is the directory that resq-export writes"
+            )
         bundle = cls(root, _read_manifest(root / MANIFEST))
         if verify:
             bundle.verify()
         return bundle
 
     def verify(self) -> None:
-        """Compare every file with the manifest. Raises IntegrityError at the first that is missing, changed or foreign."""
+        """Compare every file with the manifest. Raises IntegrityError at the first missing or changed one."""
         for name, entry in self.manifest.files.items():
             path = self.file(name)
             if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
-                raise IntegrityError(f"{path} is not the file that the manifest names", "export the model again")
+                raise IntegrityError(
+                    f"{path} is not the file that the manifest names", "export the model again"
+                )
         listed = {*self.manifest.files, MANIFEST}
         for name in ("model.int8.onnx", EVAL):
             if name not in listed:
-                raise IntegrityError(f"{self.path / MANIFEST} does not list {name}", "export the model again")
+                raise IntegrityError(
+                    f"{self.path / MANIFEST} does not list {name}", "export the model again"
+                )
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists. Raises IntegrityError when it is not listed, missing, or a link."""
@@ -95,7 +115,9 @@ class Bundle:
             raise IntegrityError(f"{self.path} has no file {name!r}", "export the model again")
         path = self.path / name
         if path.is_symlink() or not path.is_file():
-            raise IntegrityError(f"{path} is missing", "copy the whole bundle, or export the model again")
+            raise IntegrityError(
+                f"{path} is missing", "copy the whole bundle, or export the model again"
+            )
         return path
 
     @property
@@ -130,8 +152,8 @@ class BundleWriter:
         ... files under writer.dir ...
         writer.finish(manifest)
 
-    Left without `finish` (an error, Ctrl-C) nothing stays behind. Raises BundleError where `path` exists (unless `force`) or
-    cannot be written.
+    Left without `finish` (an error, Ctrl-C) nothing stays behind. Raises BundleError where `path`
+    exists (unless `force`) or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -145,7 +167,9 @@ class BundleWriter:
             self.dir = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
             self.dir.chmod(0o755)
         except OSError as error:
-            raise BundleError(f"cannot write {self.path}: {error.strerror}", "choose another -o") from error
+            raise BundleError(
+                f"cannot write {self.path}: {error.strerror}", "choose another -o"
+            ) from error
         return self
 
     def save_npz(self, name: str, **arrays: NDArray[Any]) -> None:
@@ -154,15 +178,23 @@ class BundleWriter:
 
     def finish(self, manifest: Mapping[str, Any]) -> Bundle:
         """Hash all files, write the manifest (everything but `files` is given) and put the bundle in its place."""
-        names = sorted(p.relative_to(self.dir).as_posix() for p in self.dir.rglob("*") if p.is_file())
-        files = {n: FileEntry(sha256=sha256_of(self.dir / n), size=(self.dir / n).stat().st_size) for n in names}
+        names = sorted(
+            p.relative_to(self.dir).as_posix() for p in self.dir.rglob("*") if p.is_file()
+        )
+        files = {
+            n: FileEntry(sha256=sha256_of(self.dir / n), size=(self.dir / n).stat().st_size)
+            for n in names
+        }
         checked = Manifest.model_validate({**manifest, "files": files})
         (self.dir / MANIFEST).write_text(checked.model_dump_json(indent=1) + "\n", encoding="utf-8")
         _replace(self.dir, self.path, force=self.force)
         return Bundle(self.path, checked)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.dir, ignore_errors=True)
 
@@ -170,9 +202,13 @@ class BundleWriter:
 def check_free(path: Path, *, force: bool = False) -> None:
     """Raise BundleError unless an output can be made at `path`; asked before any long work."""
     if path.exists() and not force:
-        raise BundleError(f"{path} exists already", "choose another -o, or overwrite it with --force")
+        raise BundleError(
+            f"{path} exists already", "choose another -o, or overwrite it with --force"
+        )
     if path.exists() and not (path.is_dir() and (path / MANIFEST).exists()):
-        raise BundleError(f"{path} is not a bundle, so --force does not replace it", "choose another -o")
+        raise BundleError(
+            f"{path} is not a bundle, so --force does not replace it", "choose another -o"
+        )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -193,7 +229,9 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(arrays):
             buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            np.lib.format.write_array(
+                buffer, np.ascontiguousarray(arrays[name]), allow_pickle=False
+            )
             info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, buffer.getvalue(), compresslevel=6)
@@ -203,11 +241,24 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an npz, without pickles; sizes are checked before memory is taken. Raises BundleError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {i.filename.removesuffix(".npy"): _read_array(archive, i) for i in archive.infolist()}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+            return {
+                i.filename.removesuffix(".npy"): _read_array(archive, i) for i in archive.infolist()
+            }
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        NotImplementedError,
+    ) as error:
         raise BundleError(f"{path} cannot be read: {error}", "export the model again") from error
-    except Exception as error:  # zlib.error, struct.error, SyntaxError from a header: all say the same
-        raise BundleError(f"{path} is damaged ({type(error).__name__})", "export the model again") from error
+    except (
+        Exception
+    ) as error:  # zlib.error, struct.error, SyntaxError from a header: all say the same
+        raise BundleError(
+            f"{path} is damaged ({type(error).__name__})", "export the model again"
+        ) from error
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -215,11 +266,17 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"npy version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(file)
         claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject or claimed > min(_ARRAY_LIMIT, info.file_size):
-            raise ValueError(f"array {info.filename} claims {claimed} bytes, the file holds {info.file_size}")
+            raise ValueError(
+                f"array {info.filename} claims {claimed} bytes, the file holds {info.file_size}"
+            )
     with archive.open(info) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -243,13 +300,19 @@ def _sample(path: Path, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) 
         indices = arrays.get("index", np.arange(labels.size)).astype(np.int64)
     except (KeyError, ValueError, TypeError) as error:
         raise BundleError(f"{path} lacks x or y", "export the model again") from error
-    fits = images.ndim == 4 and images.shape[1:] == manifest.input.shape and len(images) == labels.size == indices.size
+    fits = (
+        images.ndim == 4
+        and images.shape[1:] == manifest.input.shape
+        and len(images) == labels.size == indices.size
+    )
     if not fits or labels.size == 0:
         raise BundleError(f"{path} does not fit the bundle's input", "export the model again")
     if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
         raise BundleError(f"{path} has pixels outside [0, 1]", "export the model again")
     if labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise BundleError(f"{path} has labels outside the bundle's classes", "export the model again")
+        raise BundleError(
+            f"{path} has labels outside the bundle's classes", "export the model again"
+        )
     return Sample(images, labels, indices)
 
 
@@ -264,7 +327,10 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not JSON", "export the model again") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
-        raise BundleError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}", "upgrade resq-deploy")
+        raise BundleError(
+            f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}",
+            "upgrade resq-deploy",
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -283,4 +349,6 @@ def _replace(source: Path, target: Path, *, force: bool) -> None:
         else:
             os.rename(source, target)
     except OSError as error:
-        raise BundleError(f"cannot write {target}: {error.strerror}", "choose another -o") from error
+        raise BundleError(
+            f"cannot write {target}: {error.strerror}", "choose another -o"
+        ) from error

@@ -106,8 +106,14 @@ class Reporter:
             last = now
             rate = done / max(now - start, 1e-9)
             of = f"/{total:g}" if total is not None else ""
-            left = f", {(total - done) / rate:.0f} s left" if total and rate and not finished else ""
-            self.log(f"{title}: {done:g}{of} {unit} ({rate:,.1f}/s{left}) {text}".replace("  ", " ").rstrip())
+            left = (
+                f", {(total - done) / rate:.0f} s left" if total and rate and not finished else ""
+            )
+            self.log(
+                f"{title}: {done:g}{of} {unit} ({rate:,.1f}/s{left}) {text}".replace(
+                    "  ", " "
+                ).rstrip()
+            )
 
         def note(message: str) -> None:
             nonlocal text
@@ -124,7 +130,13 @@ def print_json(value: Mapping[str, Any]) -> None:
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`, `--quiet` and `--seed`, which every command has."""
     for option in (
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of every random choice."),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2**63 - 1),
+            help="Of every random choice.",
+        ),
         click.option("--quiet", is_flag=True, help="No progress, no logs."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     ):

@@ -1,10 +1,12 @@
 """The fault space of a deployed network, and bit flips in it.
 
-A fault is an address: (tensor, element, bit). `tensor` is the name of an initializer of the INT8 ONNX graph, `element` the
-flat C-order index in it, bit 0 the least significant bit. Every backend maps this one address onto its own memory.
+A fault is an address: (tensor, element, bit). `tensor` is the name of an initializer of the INT8
+ONNX graph, `element` the flat C-order index in it, bit 0 the least significant bit. Every backend
+maps this one address onto its own memory.
 
-A FaultSpace enumerates the addresses of some tensors, so that a fault can also be one integer in [0, N): tensors in graph
-order, then elements, then bits. A fault model (fault_models.py) draws such integers; Flips is what one trial changes.
+A FaultSpace enumerates the addresses of some tensors, so that a fault can also be one integer in
+[0, N): tensors in graph order, then elements, then bits. A fault model (fault_models.py) draws such
+integers; Flips is what one trial changes.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ class FaultSpace:
         if kinds is not None:
             wanted = set(kinds)
             if unknown := wanted - set(KINDS):
-                raise FaultError(f"unknown kind of memory {sorted(unknown)[0]!r}", f"one of: {', '.join(KINDS)}")
+                raise FaultError(
+                    f"unknown kind of memory {sorted(unknown)[0]!r}", f"one of: {', '.join(KINDS)}"
+                )
             kept = tuple(m for m in kept if m.kind in wanted)
         if layers is not None:
             patterns = tuple(layers)
@@ -99,10 +103,14 @@ class FaultSpace:
         space = FaultSpace(kept, bits)
         if space.size == 0:
             some = ", ".join(self.layers[:6])
-            raise FaultError("no weight memory is left to inject faults into", f"the first layers are: {some}")
+            raise FaultError(
+                "no weight memory is left to inject faults into", f"the first layers are: {some}"
+            )
         return space
 
-    def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def locate(
+        self, indices: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Integers in [0, N) to (index into `memories`, element, bit): three int64 arrays of the same length."""
         tensor = np.searchsorted(self._starts, indices, side="right") - 1
         offset = indices - self._starts[tensor]
@@ -121,10 +129,13 @@ class FaultSpace:
             raise FaultError(f"no tensor {fault.tensor!r} in this bundle", f"the first are: {some}")
         if not 0 <= fault.element < memory.value.size:
             raise FaultError(
-                f"{fault.tensor} has no element {fault.element}", f"it has {memory.value.size}, counted from 0"
+                f"{fault.tensor} has no element {fault.element}",
+                f"it has {memory.value.size}, counted from 0",
             )
         if not 0 <= fault.bit < memory.width:
-            raise FaultError(f"{fault.tensor} has no bit {fault.bit}", f"bits 0 to {memory.width - 1}")
+            raise FaultError(
+                f"{fault.tensor} has no bit {fault.bit}", f"bits 0 to {memory.width - 1}"
+            )
         return memory
 
     def flips(self, indices: NDArray[np.int64]) -> Flips:
@@ -148,21 +159,26 @@ class FaultSpace:
             if len(set(group)) != len(group):
                 raise FaultError(f"a fault location of {name} is named twice in one trial")
             elements = np.array([f.element for f in group], dtype=np.int64)
-            parts[name] = _gather(self.by_name[name], elements, np.array([f.bit for f in group], dtype=np.int64))
+            parts[name] = _gather(
+                self.by_name[name], elements, np.array([f.bit for f in group], dtype=np.int64)
+            )
         return Flips(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorFlips:
-    """What one trial changes in one tensor: `elements` int64 [k], ascending and distinct, and the XOR `masks` [k] in the
-    unsigned type of the element's width, none of them 0."""
+    """What one trial changes in one tensor.
+
+    `elements` int64 [k], ascending and distinct, and the XOR `masks` [k] in the unsigned type of the
+    element's width, none of them 0.
+    """
 
     elements: NDArray[np.int64]
     masks: NDArray[np.unsignedinteger[Any]]
 
 
 class Flips(Mapping[str, TensorFlips]):
-    """The bits that one trial flips: tensor name -> TensorFlips. Immutable; iterating `faults()` gives single addresses."""
+    """The bits that one trial flips: tensor name -> TensorFlips; `faults()` gives single addresses."""
 
     def __init__(self, parts: Mapping[str, TensorFlips]) -> None:
         self._parts = {name: part for name, part in sorted(parts.items()) if part.elements.size}
@@ -203,7 +219,9 @@ def flip_bits(array: NDArray[Any], flips: TensorFlips) -> None:
     """XOR the masks into a C-contiguous, writable array, in place. Doing it twice restores the array."""
     flat = array.reshape(-1).view(flips.masks.dtype)
     if not np.shares_memory(flat, array):
-        raise FaultError("flips need a contiguous array", "pass the array itself, not a strided view")
+        raise FaultError(
+            "flips need a contiguous array", "pass the array itself, not a strided view"
+        )
     flat[flips.elements] ^= flips.masks
 
 
@@ -221,7 +239,9 @@ def _positions(memory: Memory, bits: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _matches(memory: Memory, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, p) for p in patterns for text in (memory.layer, memory.name))
+    return any(
+        fnmatch.fnmatchcase(text, p) for p in patterns for text in (memory.layer, memory.name)
+    )
 
 
 def _gather(memory: Memory, elements: NDArray[np.int64], bits: NDArray[np.int64]) -> TensorFlips:

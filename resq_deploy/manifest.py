@@ -20,7 +20,10 @@ class Strict(BaseModel):
 
 
 class Input(Strict):
-    """What the artifact eats: float32 pixels in [0, 1], [B, C, H, W]; preprocessing (x - mean) / std is inside the graph."""
+    """What the artifact eats: float32 pixels in [0, 1], [B, C, H, W].
+
+    Preprocessing, (x - mean) / std per channel, is inside the graph.
+    """
 
     name: str
     shape: tuple[int, int, int]

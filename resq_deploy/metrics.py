@@ -12,7 +12,7 @@ Logits = NDArray[np.float32]
 
 def top1(logits: Logits) -> NDArray[np.int64]:
     """Index of the largest logit of each row, int64 [B]; the first of equals; -1 where a row holds a NaN."""
-    best = np.argmax(logits, axis=1).astype(np.int64)
+    best: NDArray[np.int64] = np.argmax(logits, axis=1).astype(np.int64)
     best[np.isnan(logits).any(axis=1)] = -1
     return best
 
@@ -40,8 +40,9 @@ def sqnr_db(reference: NDArray[np.floating], approximate: NDArray[np.floating]) 
 class Outcome:
     """What one faulty run did, image by image, against the golden run (counts out of `images`).
 
-    masked: logits bit-identical; sdc1: top-1 changed; sdc5: the golden top-1 left the top 5; critical: a right answer became
-    wrong; due: a NaN or infinity in the logits (a detectable, unrecoverable error). `correct`: top-1 is the label.
+    masked: logits bit-identical; sdc1: top-1 changed; sdc5: the golden top-1 left the top 5;
+    critical: a right answer became wrong; due: a NaN or infinity in the logits (a detectable,
+    unrecoverable error). `correct`: top-1 is the label.
     """
 
     images: int
@@ -75,4 +76,5 @@ def _in_top5(logits: Logits, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
     value = logits[rows, np.maximum(wanted, 0)]
     with np.errstate(invalid="ignore"):
         ahead = (logits > value[:, None]).sum(axis=1)
-    return (ahead < 5) & ~np.isnan(value)
+    inside: NDArray[np.bool_] = (ahead < 5) & ~np.isnan(value)
+    return inside

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 QMAX = 127
-MIN_SCALE = np.float32(2.0**-60)  # for a channel of zeros: positive, as TensorRT demands, and far from subnormal
+MIN_SCALE = np.float32(
+    2.0**-60
+)  # for a channel of zeros: positive, as TensorRT demands, and far from subnormal
 
 
 def channelwise(values: NDArray[np.float32], ndim: int, axis: int) -> NDArray[np.float32]:
@@ -26,7 +28,8 @@ def weight_scales(weights: NDArray[np.float32], axis: int = 0) -> NDArray[np.flo
     """Scale of each channel, max|w| / 127: float32 [channels], > 0."""
     others = tuple(i for i in range(weights.ndim) if i != axis % weights.ndim)
     peak = np.abs(weights).max(axis=others, initial=0.0)
-    return np.maximum(peak.astype(np.float32) / np.float32(QMAX), MIN_SCALE)
+    scales: NDArray[np.float32] = np.maximum(peak.astype(np.float32) / np.float32(QMAX), MIN_SCALE)
+    return scales
 
 
 def quantize(
@@ -34,7 +37,8 @@ def quantize(
 ) -> NDArray[np.int8]:
     """Float weights to INT8 codes in [-127, 127], rounding half to even; same shape as `weights`."""
     codes = np.rint(weights / channelwise(scales, weights.ndim, axis))
-    return np.clip(codes, -QMAX, QMAX).astype(np.int8)
+    clipped: NDArray[np.int8] = np.clip(codes, -QMAX, QMAX).astype(np.int8)
+    return clipped
 
 
 def dequantize(

@@ -1,4 +1,4 @@
-"""Runner: what a backend is. Checks, fault bookkeeping and clean-up are here; a backend writes only `_infer` and `_inject`."""
+"""Runner: what a backend is. Checks and fault bookkeeping are here; a backend adds `_infer`, `_inject`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Runner(ABC):
         """Logits, float32 [B, classes], of images float32 [B, C, H, W] in [0, 1]. Raises DataError on another shape."""
         if images.ndim != 4 or images.shape[1:] != self.shape:
             want = "x".join(map(str, self.shape))
-            raise DataError(f"images of shape {images.shape} given, [B, C, H, W] with {want} expected")
+            raise DataError(
+                f"images of shape {images.shape} given, [B, C, H, W] with {want} expected"
+            )
         if images.shape[0] == 0:
             return np.zeros((0, self.classes), dtype=np.float32)
         return self._infer(np.ascontiguousarray(images, dtype=np.float32))
@@ -50,8 +52,8 @@ class Runner(ABC):
     def faults(self, flips: Flips) -> Iterator[None]:
         """Weight memory with these bits flipped, inside the block only; restored however the block ends.
 
-        Raises FaultError for addresses this runner does not have, and BackendError where memory did not change, or was not
-        back afterwards. Blocks do not nest.
+        Raises FaultError for addresses this runner does not have, and BackendError where memory did
+        not change, or was not back afterwards. Blocks do not nest.
         """
         if self._faulty:
             raise FaultError("faults() blocks do not nest", "merge the fault lists into one trial")
@@ -59,7 +61,9 @@ class Runner(ABC):
             if name not in self.space.by_name:
                 raise FaultError(f"no tensor {name!r} in this bundle")
         if missing := self.unreachable(flips):
-            raise BackendError(f"{self.backend} cannot reach {missing} of the {flips.count} bits to be flipped")
+            raise BackendError(
+                f"{self.backend} cannot reach {missing} of the {flips.count} bits to be flipped"
+            )
         self._faulty = True
         try:
             with self._inject(flips):
@@ -76,14 +80,17 @@ class Runner(ABC):
         """What ran, for the report: library version, threads, way of injection, ... JSON types only."""
         return {"backend": self.backend}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most backends hold nothing
         """Give back what the backend holds. A closed runner cannot be used again."""
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

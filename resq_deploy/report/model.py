@@ -1,0 +1,128 @@
+"""The report: everything one validation found, as data. JSON, CSV, JUnit, HTML and the terminal table are faces of it.
+
+Figures are named as requirements name them: `accuracy`, `accuracy@ber=1e-4`, `sdc1@seu`, `robust@pgd,eps=8/255`,
+`robust@pgd,eps=8/255@ber=1e-4`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_VERSION = 1
+
+
+class Strict(BaseModel):
+    """Unknown keys, NaN and infinities are refused; values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Figure(Strict):
+    """A measured share in [0, 1] with its interval.
+
+    `n`: what was counted (images, trials); `method`: how the interval is made.
+    """
+
+    mean: float
+    low: float
+    high: float
+    confidence: float = Field(gt=0.0, lt=1.0)
+    method: str
+    n: int = Field(ge=0)
+
+
+class Vulnerability(Strict):
+    """How often faults in one layer, or at one bit position, changed what the network says."""
+
+    name: str
+    locations: int
+    trials: int
+    sdc1: Figure
+
+
+class Campaign(Strict):
+    """One fault campaign. Shares are over all (trial, image) pairs; `accuracy_quantiles` over trials."""
+
+    fault: str
+    where: dict[str, Any]
+    on: str = "clean"
+    locations: int
+    trials: int
+    images: int
+    flips: int
+    unreachable: int = 0
+    accuracy: Figure
+    accuracy_quantiles: dict[str, float]
+    masked: Figure
+    sdc1: Figure
+    sdc5: Figure
+    critical: Figure
+    due: Figure
+    layers: tuple[Vulnerability, ...] = ()
+    bits: tuple[Vulnerability, ...] = ()
+    stopped: str
+    seconds: float
+    images_per_second: float
+    execution: dict[str, Any] = {}
+
+
+class AttackResult(Strict):
+    """Adversarial inputs run through the artifact. `success` is among images that were right before the attack."""
+
+    name: str
+    attack: str
+    norm: str
+    eps: float
+    crafted_through: str
+    robust: Figure
+    success: Figure
+    parameters: dict[str, Any] = {}
+    warnings: tuple[str, ...] = ()
+
+
+class Requirement(Strict):
+    """One `--require` expression and what became of it."""
+
+    expression: str
+    figure: str
+    value: float
+    met: bool
+    compared: Literal["mean", "low", "high"] = "mean"
+
+
+class Subject(Strict):
+    """The artifact that was validated."""
+
+    name: str
+    arch: str
+    int8_sha256: str
+    manifest_sha256: str
+    schema_version: int
+    input_shape: tuple[int, int, int]
+    classes: int
+    weights: int
+    weight_bits: int
+
+
+class Report(Strict):
+    """Everything one `resq-validate` found."""
+
+    report_version: Literal[1] = 1
+    subject: Subject
+    runner: dict[str, Any]
+    data: dict[str, Any]
+    accuracy: Figure
+    campaigns: tuple[Campaign, ...] = ()
+    attacks: tuple[AttackResult, ...] = ()
+    figures: dict[str, Figure]
+    requirements: tuple[Requirement, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    provenance: dict[str, Any]
+
+    @property
+    def met(self) -> bool:
+        """Whether every requirement was met (true where there is none)."""
+        return all(requirement.met for requirement in self.requirements)
