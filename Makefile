@@ -1,0 +1,51 @@
+# make demo: a network hardened, exported and validated in a few minutes.   make test: the whole check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit package install docs docker-test fuzz clean
+
+help: ## This list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Make .venv and install everything into it.
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resq-deploy needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Harden, export and validate a small network; ends with the path of the report.
+	rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/resq-harden resnet8 --data digits -o $(DEMO)/model.pt
+	$(BIN)/resq-export $(DEMO)/model.pt -o $(DEMO)/model.resq
+	$(BIN)/resq-validate $(DEMO)/model.resq -o $(DEMO)/report \
+	    --require 'accuracy >= 0.9' --require 'accuracy@ber=1e-4 >= 0.9'
+	@echo "The report: $(abspath $(DEMO)/report/report.html)"
+
+test: lint types unit package ## The whole check: lint, types, tests, packaging guards.
+
+lint: $(STAMP) ## Style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Types, strict, of the package and its tests.
+	$(BIN)/mypy
+
+unit: $(STAMP) ## The tests.
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+package: $(STAMP) ## sdist -> wheel -> a bare environment: every module imports, every command answers.
+	$(BIN)/python -m tests.packaging
+
+docker-test: ## Build the CPU images and run an export in a container, where a Docker engine runs.
+	docker/test.sh
+
+clean: ## Remove what this file made.
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
