@@ -1,0 +1,214 @@
+"""Activation ranges for static INT8: what each tensor of the FP32 graph carries on calibration images.
+
+One pass over the images fills a streaming histogram per tensor (histogram.py), so memory does not
+grow with the number of images. Clean and adversarial images are kept apart: a range serves both,
+and is judged by the worse of the two errors, so that an attacked activation is not clipped into
+something worse than the attacker made it.
+
+Methods: `minmax`, `percentile` (99.99), `entropy` (KL) and `mse`; `auto` measures all four and
+keeps, tensor by tensor, the one with the least relative squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from resq_deploy.console import Reporter
+from resq_deploy.errors import DataError, ModelError
+from resq_deploy.export import histogram as methods
+from resq_deploy.export.histogram import Histogram
+from resq_deploy.quantization import MIN_SCALE, QMAX
+
+Images = NDArray[np.float32]
+Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+_CHOOSE: dict[str, Callable[[Histogram], float]] = {
+    "mse": methods.mse,
+    "entropy": methods.entropy,
+    "percentile": methods.percentile,
+    "minmax": methods.minmax,
+}
+_CHUNK_BYTES = 192 * 2**20  # of activations that one run of the graph may hand back
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Symmetric INT8 range of one activation tensor: scale = max(|low|, |high|) / 127, zero point 0.
+
+    `low`, `high`: the extremes seen, cut at the threshold; `method` chose the threshold; `sqnr_db`
+    is what quantization with it costs on calibration images, the worse of clean and adversarial.
+    """
+
+    low: float
+    high: float
+    scale: float
+    method: str
+    sqnr_db: float
+
+
+def calibrate(
+    fp32: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Iterable[Images],
+    method: Method = "auto",
+    *,
+    adversarial: Iterable[Images] = (),
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Range]:
+    """Ranges of `tensors` of an FP32 graph over calibration images.
+
+    `batches`, `adversarial`: float32 [B, C, H, W] in [0, 1], any B, each read once. `threads`: of
+    ONNX Runtime. The same images give the same ranges whatever the batch sizes, up to the last
+    place of the runtime's own arithmetic.
+    Raises DataError for no images or values that are not finite, ModelError for a tensor that the
+    graph does not have.
+    """
+    if method not in METHODS:
+        raise DataError(f"unknown calibration method {method!r}", f"one of: {', '.join(METHODS)}")
+    say = reporter or Reporter()
+    probe = Probe(fp32, tensors, threads)
+    clean = observe(probe, batches, say, "calibrating")
+    if not any(h.total for h in clean.values()):
+        raise DataError("calibration got no images", "give at least one batch")
+    attacked = observe(probe, adversarial, say, "calibrating on adversarial images")
+    return {name: choose(clean[name], attacked[name], method) for name in probe.tensors}
+
+
+def observe(
+    probe: Probe, batches: Iterable[Images], reporter: Reporter, title: str
+) -> dict[str, Histogram]:
+    """Histograms of every tensor of the probe over all batches."""
+    found = {name: Histogram() for name in probe.tensors}
+    with reporter.task(title, None, "images") as task:
+        for images in batches:
+            for size, values in probe.run(images):
+                for name, value in values.items():
+                    _add(found[name], name, value)
+                task.advance(size)
+    return found
+
+
+def choose(clean: Histogram, attacked: Histogram, method: Method = "auto") -> Range:
+    """The range of one tensor from its histograms over clean and over adversarial images (which may be empty)."""
+    both = clean.merged(attacked) if attacked.total else clean
+    seen = [h for h in (clean, attacked) if h.total]
+    names = tuple(_CHOOSE) if method == "auto" else (method,)
+    rated = []
+    for name in names:
+        threshold = _CHOOSE[name](both)
+        rated.append((max(_relative(h, threshold) for h in seen), name, threshold))
+    error, name, threshold = min(rated, key=lambda r: r[0])
+    low, high = max(both.low, -threshold), min(both.high, threshold)
+    # The threshold is a bin edge or a peak; a tensor of one sign may stop short of it.
+    scale = max(max(abs(low), abs(high)) / QMAX, float(MIN_SCALE))
+    return Range(low, high, scale, name, _decibel(error))
+
+
+def _relative(histogram: Histogram, threshold: float) -> float:
+    if histogram.energy == 0:
+        return 0.0
+    return methods.noise(histogram, threshold) * histogram.total / histogram.energy
+
+
+def _decibel(ratio: float) -> float:
+    return float(min(200.0, -10 * np.log10(max(ratio, 1e-20))))
+
+
+def _add(histogram: Histogram, name: str, value: NDArray[np.float32]) -> None:
+    if not np.isfinite(value).all():
+        raise DataError(
+            f"activation {name!r} is not finite on a calibration image",
+            "check the images, the preprocessing and the checkpoint",
+        )
+    histogram.add(value)
+
+
+class Probe:
+    """The FP32 graph in ONNX Runtime with `tensors` as extra outputs, run in chunks of bounded memory.
+
+    Raises ModelError for a tensor that is neither the graph's input nor computed by one of its nodes.
+    """
+
+    def __init__(self, fp32: onnx.ModelProto, tensors: Sequence[str], threads: int | None) -> None:
+        self.tensors = tuple(dict.fromkeys(tensors))
+        self._input = _network_input(fp32.graph)
+        inside = {name for node in fp32.graph.node for name in node.output}
+        missing = [t for t in self.tensors if t not in inside and t != self._input.name]
+        if missing:
+            raise ModelError(f"the graph computes no tensor {missing[0]!r}")
+        self._outputs = [t for t in self.tensors if t in inside]
+        self._session = _session(with_outputs(fp32, self._outputs), threads)
+        batch = self._input.type.tensor_type.shape.dim[0]
+        self._fixed = batch.dim_value if batch.HasField("dim_value") else 0
+        self._chunk = self._fixed or 1
+
+    def run(self, images: Images) -> Iterator[tuple[int, Mapping[str, NDArray[np.float32]]]]:
+        """(images in the chunk, values by tensor), chunk by chunk."""
+        if images.ndim != 4:
+            raise DataError(f"calibration images of shape {images.shape}, [B, C, H, W] expected")
+        start = 0
+        while start < len(images):
+            part = np.ascontiguousarray(images[start : start + self._chunk], dtype=np.float32)
+            start += len(part)
+            yield len(part), self._values(part)
+
+    def _values(self, images: Images) -> dict[str, NDArray[np.float32]]:
+        size = len(images)
+        if self._fixed > size:
+            pad = np.repeat(images[-1:], self._fixed - size, axis=0)
+            images = np.concatenate([images, pad])
+        values = self._session.run(self._outputs, {self._input.name: images})
+        found = dict(zip(self._outputs, values, strict=True))
+        if self._input.name in self.tensors:
+            found[self._input.name] = images
+        if not self._fixed:
+            each = sum(v.nbytes for v in found.values()) // size
+            self._chunk = int(min(max(_CHUNK_BYTES // max(each, 1), 1), 256))
+        return {name: _head(value, size, len(images)) for name, value in found.items()}
+
+
+def _head(value: NDArray[np.float32], size: int, padded: int) -> NDArray[np.float32]:
+    """Without the rows that padded a short batch."""
+    return value[:size] if padded != size and value.ndim and len(value) == padded else value
+
+
+def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model with float tensors inside it as outputs too."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {output.name for output in copy.graph.output}
+    for name in tensors:
+        if name not in present:
+            copy.graph.output.append(
+                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            )
+    return copy
+
+
+def _network_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        raise ModelError(f"the graph has {len(inputs)} inputs", "one batch of images is expected")
+    found: onnx.ValueInfoProto = inputs[0]
+    return found
+
+
+def _session(model: onnx.ModelProto, threads: int | None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
