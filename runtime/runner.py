@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,8 +13,16 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError, DataError, FaultError
 from resq_deploy.faults import FaultSpace, Flips
+
+# Loaded on first use, so that a device needs only the runtime it has.
+BACKENDS = {
+    "ort": "resq_deploy.runtime.ort:OrtRunner",
+    "tensorrt": "resq_deploy.runtime.trt:TrtRunner",
+    "tensorrt-rtx": "resq_deploy.runtime.trt:TrtRtxRunner",
+}
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
@@ -36,6 +46,11 @@ class Runner(ABC):
         self.shape = shape
         self.classes = classes
         self._faulty = False
+
+    @classmethod
+    @abstractmethod
+    def open(cls, bundle: Bundle, **options: Any) -> Runner:
+        """Load a bundle's artifact. Raises BackendError where the runtime is missing or refuses it."""
 
     def __call__(self, images: Images) -> Logits:
         """Logits, float32 [B, classes], of images float32 [B, C, H, W] in [0, 1]. Raises DataError on another shape."""
@@ -101,3 +116,18 @@ class Runner(ABC):
     @abstractmethod
     def _inject(self, flips: Flips) -> AbstractContextManager[None]:
         """A context in which the flips are in the memory that runs, and after which golden memory is back, checked."""
+
+
+def open_runner(
+    source: Bundle | str | os.PathLike[str], backend: str = "ort", **options: Any
+) -> Runner:
+    """Open a bundle (or the path of one, verified first) on a backend: `ort`, `tensorrt`, `tensorrt-rtx`.
+
+    `options` go to the backend (`threads` for `ort`). Raises BundleError, IntegrityError or BackendError.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
+    bundle = source if isinstance(source, Bundle) else Bundle.open(source)
+    module, _, name = BACKENDS[backend].partition(":")
+    opened: Runner = getattr(importlib.import_module(module), name).open(bundle, **options)
+    return opened
