@@ -1,0 +1,139 @@
+"""What a validation is asked to do: one frozen value, so that a journal can tell whether it belongs to it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resq_deploy.errors import CampaignError, FaultError
+from resq_deploy.faults import KINDS
+
+DEFAULT_BER = (1e-5, 1e-4, 1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that decides the figures of one validation.
+
+    `data`: the labelled images (None: the bundle's own sample); `samples`: how many of them each trial
+    runs (None: 256). `ber`, `faults`: fault models, one campaign each. `where`, `layers`, `bits`: the
+    fault space they draw from. `trials` per campaign (None: until the interval is within `margin`).
+    `attacks`: names (None: all that the bundle stores). `joint`: campaigns on adversarial inputs too.
+    """
+
+    backend: str = "ort"
+    data: str | None = None
+    samples: int | None = None
+    ber: tuple[float, ...] = DEFAULT_BER
+    faults: tuple[str, ...] = ("seu",)
+    fault_list: str | None = None
+    where: tuple[str, ...] = ("weights",)
+    layers: tuple[str, ...] | None = None
+    bits: tuple[int, ...] | None = None
+    trials: int | None = None
+    max_trials: int = 10_000
+    margin: float = 0.01
+    confidence: float = 0.95
+    attacks: tuple[str, ...] | None = None
+    eps: float | None = None
+    joint: bool = False
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise CampaignError(
+                f"a confidence of {self.confidence:g}", "between 0 and 1, such as 0.95"
+            )
+        if not 0 < self.margin < 0.5:
+            raise CampaignError(f"a margin of {self.margin:g}", "between 0 and 0.5, such as 0.01")
+        if self.trials is not None and self.trials < 1:
+            raise CampaignError(f"{self.trials} trials", "at least 1, or auto")
+        if self.samples is not None and self.samples < 1:
+            raise CampaignError(f"{self.samples} images a trial", "at least 1")
+        for kind in self.where:
+            if kind not in KINDS:
+                raise FaultError(f"unknown kind of memory {kind!r}", f"one of: {', '.join(KINDS)}")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The fault models in the order they run: the single ones first, then rising bit error rates."""
+        return (*self.faults, *(f"ber:{p:g}" for p in sorted(self.ber)))
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON types only, for the report's provenance."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """`7`, `0-6` or `0-3,7` to bit positions. Raises FaultError."""
+    bits = set[int]()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,2})(?:-(\d{1,2}))?\s*", part)
+        if not found:
+            raise FaultError(f"bits {text!r} cannot be read", "such as 7, 0-6 or 0-3,7")
+        first = int(found[1])
+        last = int(found[2] or first)
+        if last < first or last > 63:
+            raise FaultError(f"bits {text!r} are not a range of bit positions", "such as 0-6")
+        bits |= set(range(first, last + 1))
+    return tuple(sorted(bits))
+
+
+def parse_trials(text: str) -> int | None:
+    """`auto` (None) or a number of trials. Raises CampaignError."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise CampaignError(f"{text!r} trials", "a number from 1 on, or auto")
+    return int(text)
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`1e-5,1e-4` to bit error rates, each in (0, 1). Raises FaultError. An empty text is no rate."""
+    rates = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = float("nan")
+        if not 0 < rate < 1:
+            raise FaultError(f"a bit error rate of {part!r}", "between 0 and 1, such as 1e-4")
+        rates.append(rate)
+    return tuple(rates)
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """A comma list to its parts, without empty ones."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def from_text(**given: Any) -> Settings:
+    """Settings from a command line's texts. Raises FaultError, CampaignError or AttackError."""
+    from resq_deploy.budget import parse_eps
+
+    return Settings(
+        backend=given["backend"],
+        data=given["data"],
+        samples=given["samples"],
+        ber=parse_rates(given["ber"]),
+        faults=parse_list(given["faults"]),
+        fault_list=str(given["fault_list"]) if given["fault_list"] else None,
+        where=parse_list(given["where"]),
+        layers=parse_list(given["layers"]) if given["layers"] else None,
+        bits=parse_bits(given["bits"]) if given["bits"] else None,
+        trials=parse_trials(given["trials"]),
+        margin=given["margin"],
+        confidence=given["confidence"],
+        attacks=parse_list(given["attacks"]) if given["attacks"] is not None else None,
+        eps=parse_eps(given["eps"]) if given["eps"] else None,
+        joint=given["joint"],
+        seed=given["seed"],
+    )
+
+
+def report_folder(bundle: Path) -> Path:
+    """Where a bundle's report goes by default: beside it, `model.resq` -> `model.report`."""
+    return bundle.with_suffix(".report")
