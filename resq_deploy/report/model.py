@@ -42,6 +42,15 @@ class Vulnerability(Strict):
     sdc1: Figure
 
 
+class Cell(Strict):
+    """Faults at one bit position of one layer: `trials` hit it; of their (trial, image) pairs a share `sdc1` changed."""
+
+    layer: str
+    bit: int = Field(ge=0)
+    trials: int = Field(ge=0)
+    sdc1: float = Field(ge=0.0, le=1.0)
+
+
 class Campaign(Strict):
     """One fault campaign. Shares are over all (trial, image) pairs; `accuracy_quantiles` over trials."""
 
@@ -62,6 +71,7 @@ class Campaign(Strict):
     due: Figure
     layers: tuple[Vulnerability, ...] = ()
     bits: tuple[Vulnerability, ...] = ()
+    cells: tuple[Cell, ...] = ()
     stopped: str
     seconds: float
     images_per_second: float
@@ -83,13 +93,21 @@ class AttackResult(Strict):
 
 
 class Requirement(Strict):
-    """One `--require` expression and what became of it."""
+    """One `--require` expression and what became of it.
+
+    `value` is what was compared with `threshold`: the mean of `measured`, or one end of its interval.
+    `certain`: the whole interval is on the same side of the threshold.
+    """
 
     expression: str
     figure: str
     value: float
     met: bool
     compared: Literal["mean", "low", "high"] = "mean"
+    operator: Literal[">=", "<=", ">", "<"] = ">="
+    threshold: float | None = None
+    measured: Figure | None = None
+    certain: bool = True
 
 
 class Subject(Strict):
