@@ -84,11 +84,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """A stem of stride 2 and three residual blocks of `width`, 2x and 4x channels: 78,042
-    parameters at width 16.
+    """A stem of `width` channels and three residual blocks of stride 2, up to 4 x `width` channels.
 
-    For images of about 32x32 with 1 or 3 channels; the stride-2 stem makes it four times cheaper
-    than the usual one.
+    For images of about 32x32 with 1 or 3 channels; 78,042 parameters at width 16 and 10 classes.
     """
 
     def __init__(self, input_shape: Shape, classes: int, width: int = _RESNET8_WIDTH) -> None:
