@@ -1,0 +1,205 @@
+"""nn.Module -> FP32 ONNX: preprocessing inside, batch free, BatchNorm folded, checked, the same bytes every time."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from resq_deploy.errors import ModelError
+from resq_deploy.export import fold, names
+
+OPSETS = range(17, 22)
+DEFAULT_OPSET = 20
+
+_WRAPPED = "network"
+_PARITY = 1e-3  # of the largest logit: what ONNX Runtime and torch may differ by in float32
+_ROUNDS = 3  # of folding and rewriting; one pass can open the way for another
+
+
+class Preprocess(nn.Module):
+    """(x - mean) / std per channel, of pixels in [0, 1]: float32 [B, C, H, W]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, C, H, W] -> the same shape."""
+        return (x - self.mean) / self.std
+
+
+class Preprocessed(nn.Module):
+    """Pixels in [0, 1] -> logits: a network behind its preprocessing.
+
+    The preprocessing stays outside the first convolution: that pads with zeros of the normalized
+    image, so folding it in would change the border.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        plain = not any(mean) and all(s == 1 for s in std)
+        self.preprocess = nn.Identity() if plain else Preprocess(mean, std)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, C, H, W] in [0, 1] -> float32 [B, classes]."""
+        logits: Tensor = self.network(self.preprocess(x))
+        return logits
+
+
+def to_onnx(
+    module: Preprocessed, shape: tuple[int, int, int], *, name: str, opset: int | None = None
+) -> onnx.ModelProto:
+    """The FP32 graph of a network: `input` float32 [batch, C, H, W] in [0, 1] -> `logits` [batch, classes].
+
+    `opset`: 17 to 21. Raises ModelError where torch cannot export the network with a free batch, the
+    result fails onnx.checker, or ONNX Runtime computes something else than torch.
+    """
+    wanted = DEFAULT_OPSET if opset is None else opset
+    if wanted not in OPSETS:
+        raise ModelError(f"opset {wanted}", f"choose one of {OPSETS[0]} to {OPSETS[-1]}")
+    model = _simplified(_exported(module, shape, wanted))
+    _pools(model)
+    fold.drop_unused(model.graph)
+    leaves = {n for n, m in module.network.named_modules() if not any(True for _ in m.children())}
+    names.rename(model, f"{_WRAPPED}.", leaves)
+    names.forget_origin(model, name, wanted)
+    _name_batch(model.graph)
+    check(model)
+    _compare(module, model, shape)
+    return model
+
+
+def check(model: onnx.ModelProto) -> None:
+    """onnx.checker with full checks. Raises ModelError."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ModelError(f"the exported graph is not valid ONNX: {first}") from error
+
+
+def run(model: onnx.ModelProto, images: NDArray[np.float32], batch: int = 256) -> NDArray[np.float32]:
+    """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes]."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    starts = range(0, len(images), batch)
+    parts = [session.run([names.OUTPUT], {names.INPUT: images[s : s + batch]})[0] for s in starts]
+    logits: NDArray[np.float32] = np.concatenate(parts)
+    return logits
+
+
+def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> Any:
+    example = torch.linspace(0, 1, 2 * int(np.prod(shape))).reshape(2, *shape)
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[names.INPUT],
+                output_names=[names.OUTPUT],
+                dynamic_shapes=({0: batch},),
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:  # torch raises many kinds, none of them documented
+            reason = _reason(error)
+            raise ModelError(
+                f"torch cannot export the network: {reason}",
+                "its forward must take any batch size and not branch on the values of its input",
+            ) from error
+    return program
+
+
+def _simplified(program: Any) -> onnx.ModelProto:
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer, rewriter
+
+    with _quiet():
+        model: onnx.ModelProto = ir.serde.serialize_model(program.model)
+        for _ in range(_ROUNDS):
+            fold.fold_constants(model)
+            graph = ir.serde.deserialize_model(model)
+            passes.InlinePass()(graph)
+            optimizer.fold_constants_ir(graph)
+            rewriter.rewrite(graph)
+            passes.CommonSubexpressionEliminationPass()(graph)
+            passes.OutputFixPass()(graph)
+            model = ir.serde.serialize_model(graph)
+        fold.fold_constants(model)
+    return model
+
+
+def _pools(model: onnx.ModelProto) -> None:
+    """ReduceMean over height and width -> GlobalAveragePool, in place: the same mean, and engines know it as a pool."""
+    constants, shapes = fold.initializers(model.graph), fold.shapes(model)
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(shapes.get(node.input[0], ())) != 4:
+            continue
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        axes = given.get("axes", [])
+        if len(node.input) > 1 and node.input[1] in constants:
+            axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        if {axis % 4 for axis in axes} == {2, 3} and given.get("keepdims", 1):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:], node.input[1:]
+
+
+def _name_batch(graph: onnx.GraphProto) -> None:
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _compare(module: nn.Module, model: onnx.ModelProto, shape: tuple[int, int, int]) -> None:
+    images = np.random.default_rng(0).random((3, *shape), dtype=np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    found = run(model, images)
+    error = float(np.abs(found - expected).max(initial=0.0))
+    if not error <= _PARITY * max(1.0, float(np.abs(expected).max())):
+        raise ModelError(
+            f"the ONNX graph differs from the torch network by {error:.3g}",
+            "check that the network is in eval mode and draws no random numbers",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))[:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings and logs are not for our users; what fails raises."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,152 @@
+"""FP32 graph + ranges -> explicit QDQ INT8 ONNX: symmetric S8/S8, zero point 0, weights per output channel.
+
+    weight      NAME (INT8), NAME.scale (float [channels]), NAME.zero_point -> DequantizeLinear -> the layer
+    activation  TENSOR -> QuantizeLinear -> DequantizeLinear -> the layers that read it as INT8,
+                with TENSOR.scale and TENSOR.zero_point
+
+Where pairs go is decided in rules.py. Biases stay float: TensorRT's parser refuses an INT32 bias (onnxruntime#14229).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from resq_deploy import quantization
+from resq_deploy.errors import ModelError
+from resq_deploy.export import fold
+from resq_deploy.export.rules import Plan, Weight, plan
+
+
+class HasScale(Protocol):
+    """A calibrated range: all that is needed of it here."""
+
+    @property
+    def scale(self) -> float: ...
+
+
+def activation_tensors(fp32: onnx.ModelProto) -> list[str]:
+    """The tensors of an FP32 graph that get a Q/DQ pair, in graph order: what has to be calibrated."""
+    return list(plan(fp32).activations)
+
+
+def shared_scales(where: Plan, ranges: Mapping[str, HasScale]) -> dict[str, float]:
+    """Scale of every quantized tensor: its own, or the largest of those that must share one.
+
+    Raises ModelError for a tensor without a range, or a scale that is not finite and positive.
+    """
+    missing = [name for name in where.activations if name not in ranges]
+    if missing:
+        raise ModelError(f"tensor {missing[0]} has no activation range", "calibrate it")
+    scales = {name: float(ranges[name].scale) for name in where.activations}
+    for group in where.groups:
+        widest = max(scales[name] for name in group)
+        scales.update(dict.fromkeys(group, widest))
+    bad = [name for name, scale in scales.items() if not 0 < scale < np.inf]
+    if bad:
+        raise ModelError(
+            f"tensor {bad[0]} has scale {scales[bad[0]]}", "check the calibration images"
+        )
+    return scales
+
+
+def quantize_graph(
+    fp32: onnx.ModelProto,
+    ranges: Mapping[str, HasScale],
+    *,
+    where: Plan | None = None,
+    weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
+    codes: Mapping[str, NDArray[np.int8]] | None = None,
+) -> onnx.ModelProto:
+    """The INT8 graph of an FP32 graph; the original is not touched.
+
+    `ranges`: one per tensor of `activation_tensors(fp32)`. `weight_scales` (float32 [channels]) and
+    `codes` (INT8, shaped as the weight) replace, by weight name, what quantization.py would choose.
+    Raises ModelError where a range, scale or code does not fit.
+    """
+    where = where or plan(fp32)
+    scales = shared_scales(where, ranges)
+    model = onnx.ModelProto()
+    model.CopyFrom(fp32)
+    arrays = fold.initializers(model.graph)
+    weights = {w.node: w for w in where.weights}
+    edited = _Edit()
+    for value in fp32.graph.input:
+        edited.activation(value.name, scales)
+    for node in model.graph.node:
+        if node.name in weights:
+            weight = weights[node.name]
+            values = numpy_helper.to_array(arrays[weight.name])
+            chosen = _codes(weight, values, weight_scales or {}, codes or {})
+            node.input[1] = edited.weight(weight, *chosen)
+        for position, name in enumerate(node.input):
+            if (node.name, position) in where.reads:
+                node.input[position] = f"{name}.dequantized"
+        edited.nodes.append(node)
+        for name in node.output:
+            edited.activation(name, scales)
+    kept = [t for t in model.graph.initializer if t.name not in {w.name for w in where.weights}]
+    fold.replace(model.graph.node, edited.nodes)
+    fold.replace(model.graph.initializer, [*kept, *edited.tensors])
+    fold.drop_unused(model.graph)
+    return model
+
+
+def _codes(
+    weight: Weight,
+    values: NDArray[Any],
+    scales: Mapping[str, NDArray[np.float32]],
+    codes: Mapping[str, NDArray[np.int8]],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    scale = scales.get(weight.name)
+    if scale is None:
+        scale = quantization.weight_scales(values, weight.axis)
+    if scale.shape != (values.shape[weight.axis],) or not (scale > 0).all():
+        raise ModelError(f"the scales of {weight.name} do not fit its output channels")
+    code = codes.get(weight.name)
+    if code is None:
+        code = quantization.quantize(values, scale, weight.axis)
+    if code.shape != values.shape or code.dtype != np.int8:
+        raise ModelError(f"the INT8 codes of {weight.name} do not have the weight's shape")
+    return code, scale
+
+
+class _Edit:
+    """Collects the nodes and initializers of the new graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+
+    def weight(
+        self, weight: Weight, codes: NDArray[np.int8], scale: NDArray[np.float32]
+    ) -> str:
+        name = weight.name
+        self._constant(name, codes)
+        self._constant(f"{name}.scale", scale.astype(np.float32))
+        self._constant(f"{name}.zero_point", np.zeros(scale.shape, np.int8))
+        return self._node("DequantizeLinear", name, name, axis=weight.axis)
+
+    def activation(self, name: str, scales: Mapping[str, float]) -> None:
+        if name not in scales:
+            return
+        self._constant(f"{name}.scale", np.asarray(scales[name], np.float32))
+        self._constant(f"{name}.zero_point", np.asarray(0, np.int8))
+        self._node("DequantizeLinear", self._node("QuantizeLinear", name, name), name)
+
+    def _constant(self, name: str, value: NDArray[Any]) -> None:
+        self.tensors.append(numpy_helper.from_array(value, name))
+
+    def _node(self, op: str, source: str, stem: str, **attributes: int) -> str:
+        verb = op.removesuffix("Linear").lower()
+        inputs = [source, f"{stem}.scale", f"{stem}.zero_point"]
+        output = f"{stem}.{verb}d"
+        self.nodes.append(
+            helper.make_node(op, inputs, [output], name=f"{stem}.{verb}", **attributes)
+        )
+        return output
