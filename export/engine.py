@@ -1,0 +1,347 @@
+"""INT8 ONNX -> plan: one code path for TensorRT (10 and 11) and TensorRT-RTX.
+
+Strongly typed, so that precision is what the Q/DQ nodes say. The plan is written as the library
+gives it: `trtexec --loadEngine` takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resq_deploy.console import Reporter, Task
+from resq_deploy.errors import BackendError
+from resq_deploy.runtime.trtlib import TITLES, Log, library, no_gpu, plain, refusal
+
+Batch = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A plan that was built, and what for.
+
+    `built_for`: JSON types only: `sm` (TensorRT-RTX) or `gpu` and `compute_capability` (TensorRT), `batch`
+    (min, opt, max), options that differ from the default.
+    """
+
+    backend: str
+    version: str
+    built_for: dict[str, Any]
+    path: Path
+    size: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    backend: str
+    batch: Batch
+    sm: tuple[str, ...]
+    workspace: int | None
+    timing_cache: Path | None
+    version_compatible: bool
+    hardware_compatible: bool
+    optimization_level: int | None
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def build_engine(
+    onnx_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    *,
+    backend: str = "tensorrt-rtx",
+    batch: Batch = (1, 8, 32),
+    sm: Sequence[str | int] = (),
+    workspace: int | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    optimization_level: int | None = None,
+    reporter: Reporter | None = None,
+) -> EngineInfo:
+    """Build a plan from an explicit-QDQ ONNX file and write it.
+
+    `batch`: smallest, best and largest batch of the optimization profile; an input with a fixed batch keeps it.
+    `sm`: compute capabilities for TensorRT-RTX (86, "8.9", "SM120"; none: the library's default set).
+    `workspace` in bytes. For TensorRT only: `timing_cache`, a file that is read and updated;
+    `version_compatible`, `hardware_compatible` (Ampere and later). `optimization_level` 0 to 5.
+
+    Raises MissingExtra (library not installed) or BackendError: no GPU where one is needed, an unknown
+    SM, a node the parser refuses, an option the backend does not have, a file that cannot be written.
+    """
+    options = _Options(
+        backend, batch, tuple(str(s) for s in sm), workspace,
+        Path(timing_cache) if timing_cache is not None else None,
+        version_compatible, hardware_compatible, optimization_level,
+    )  # fmt: skip
+    _check(options)
+    module = library(backend)
+    builder = _Builder(module, options, Log(module), reporter or Reporter())
+    plan = builder.build(Path(onnx_path))
+    _write(Path(out_path), plan)
+    return EngineInfo(
+        backend, module.__version__, builder.built_for(), Path(out_path), len(plan),
+        tuple(dict.fromkeys(plain(line) for line in builder.log.warnings)),
+    )  # fmt: skip
+
+
+class _Builder:
+    """One build: network, configuration, plan. The library's objects live as long as this."""
+
+    def __init__(self, module: Any, options: _Options, log: Log, reporter: Reporter) -> None:
+        self.trt, self.options, self.log, self.reporter = module, options, log, reporter
+        self.sm = _compute_capabilities(module, options)
+        try:
+            self.builder = module.Builder(log.logger)
+        except TypeError as error:  # pybind11: the factory gave a null pointer
+            raise no_gpu(options.backend, "build an engine") from error
+        self.batch = options.batch
+
+    def build(self, onnx_path: Path) -> bytes:
+        network = self._parse(onnx_path)
+        config = self.builder.create_builder_config()
+        self._configure(config)
+        self._profile(network, config)
+        with _progress(self.trt, config, self.reporter) as monitor:
+            plan = self.builder.build_serialized_network(network, config)
+        if monitor.cancelled:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise self._refused(config)
+        self._keep_timings(config)
+        return bytes(plan)
+
+    def built_for(self) -> dict[str, Any]:
+        """What the manifest says of the plan."""
+        o = self.options
+        target = {"sm": list(self.sm) or "default"} if o.backend == "tensorrt-rtx" else _this_gpu()
+        extra = {
+            "version_compatible": o.version_compatible,
+            "hardware_compatible": o.hardware_compatible,
+            "optimization_level": o.optimization_level,
+            "workspace": o.workspace,
+        }
+        machine = f"{platform.system().lower()}-{platform.machine()}"
+        chosen = {key: value for key, value in extra.items() if value}
+        return {**target, "batch": list(self.batch), "platform": machine, **chosen}
+
+    def _parse(self, path: Path) -> Any:
+        """The network of an ONNX file, with whatever the parser needs alive."""
+        if not path.is_file():
+            raise BackendError(f"{path} does not exist", "give an INT8 ONNX file")
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        network = self.builder.create_network(0 if flag is None else 1 << int(flag))
+        self._parser = self.trt.OnnxParser(network, self.log.logger)
+        if not self._parser.parse_from_file(os.fspath(path)):
+            errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+            raise parser_error(self.options.backend, path, errors)
+        return network
+
+    def _configure(self, config: Any) -> None:
+        o, trt = self.options, self.trt
+        if self.sm:
+            config.num_compute_capabilities = len(self.sm)
+            for index, name in enumerate(self.sm):
+                config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+        if o.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, o.workspace)
+        if o.optimization_level is not None:
+            config.builder_optimization_level = o.optimization_level
+        if o.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if o.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if o.timing_cache is not None:
+            stored = o.timing_cache.read_bytes() if o.timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(stored), False)
+
+    def _profile(self, network: Any, config: Any) -> None:
+        profile = self.builder.create_optimization_profile()
+        dynamic = False
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            shape = tuple(tensor.shape)
+            if any(length < 0 for length in shape[1:]):
+                raise BackendError(
+                    f"input {tensor.name!r} has the shape {shape}; only the batch may vary",
+                    "export the model with a fixed image size",
+                )
+            if shape[0] < 0:
+                dynamic = True
+                profile.set_shape(tensor.name, *((count, *shape[1:]) for count in self.batch))
+            else:
+                self.batch = (shape[0],) * 3
+        if dynamic:
+            config.add_optimization_profile(profile)
+
+    def _refused(self, config: Any) -> BackendError:
+        error = refusal(
+            self.options.backend, self.trt.__version__, "build the engine", self.log.lines
+        )
+        if "is not supported" in error.message and "Turing" in error.message:
+            return BackendError(error.message, "leave SM 75 out, or use --high-precision fp16")
+        return error
+
+    def _keep_timings(self, config: Any) -> None:
+        if self.options.timing_cache is not None:
+            _write(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
+
+
+def parser_error(backend: str, path: Path, errors: Sequence[Any]) -> BackendError:
+    """One line for what TensorRT's ONNX parser says, naming the node."""
+    if not errors:
+        return BackendError(f"{TITLES[backend]} cannot read {path.name}", "is it an ONNX file?")
+    first = errors[0]
+    node = first.node_name() or (f"number {first.node()}" if first.node() >= 0 else "")
+    reason = plain(str(first.desc()).removeprefix(f"Invalid Node - {first.node_name()}\n"))
+    code = str(first.code()).rpartition(".")[2].split(":")[0]
+    if first.node() < 0:
+        return BackendError(
+            f"{TITLES[backend]} cannot read {path.name}: {reason}", "is it an ONNX file?"
+        )
+    if code.startswith("UNSUPPORTED") or "Plugin not found" in reason:
+        return BackendError(
+            f"{TITLES[backend]} has no operator {first.node_operator()} (node {node})",
+            "replace it in the model, or deploy the bundle with ONNX Runtime",
+        )
+    return BackendError(
+        f"{TITLES[backend]} refuses node {node} ({first.node_operator()}): {reason}",
+        "see docs/gpu.md for what TensorRT takes",
+    )
+
+
+def _check(o: _Options) -> None:
+    if o.backend not in TITLES:
+        raise BackendError(f"unknown engine {o.backend!r}", f"one of: {', '.join(TITLES)}")
+    low, best, high = o.batch
+    if not 1 <= low <= best <= high:
+        raise BackendError(
+            f"a batch of {low}:{best}:{high}", "smallest:best:largest, such as 1:8:32"
+        )
+    if o.optimization_level is not None and not 0 <= o.optimization_level <= 5:
+        raise BackendError(f"optimization level {o.optimization_level}", "0 to 5")
+    if o.workspace is not None and o.workspace < 1:
+        raise BackendError(f"a workspace of {o.workspace} bytes", "a positive number of bytes")
+    if o.backend == "tensorrt" and o.sm:
+        raise BackendError(
+            "TensorRT builds for the GPU it runs on; --sm is for TensorRT-RTX",
+            "--target tensorrt-rtx, or leave --sm out",
+        )
+    if o.backend == "tensorrt-rtx":
+        for name in ("timing_cache", "version_compatible", "hardware_compatible"):
+            if getattr(o, name):
+                raise BackendError(
+                    f"TensorRT-RTX has no {name.replace('_', ' ')}", "--target tensorrt"
+                )
+
+
+def _compute_capabilities(module: Any, options: _Options) -> tuple[str, ...]:
+    """Names of ComputeCapability: 86, "8.6", "sm_86", "SM86" -> "SM86"."""
+    if not options.sm:
+        return ()
+    known = sorted(
+        (n for n in module.ComputeCapability.__members__ if n.startswith("SM")),
+        key=lambda name: int(name[2:]),
+    )
+    names = []
+    for given in options.sm:
+        digits = given.lower().removeprefix("sm").lstrip("_").replace(".", "")
+        if f"SM{digits}" not in known:
+            numbers = ", ".join(name[2:] for name in known)
+            raise BackendError(
+                f"TensorRT-RTX {module.__version__} does not know SM {given}", f"it knows {numbers}"
+            )
+        names.append(f"SM{digits}")
+    return tuple(dict.fromkeys(names))
+
+
+class _Monitor:
+    """What the library's progress calls turn into: its outermost phase is the bar, the phase in hand its note."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter, self.stack = reporter, ExitStack()
+        self.phase, self.left, self.cancelled = "", 0, False
+        self.task: Task | None = None
+
+    def start(self, phase: str, steps: int) -> None:
+        if self.task is None:
+            self.phase, self.left = phase, steps
+            self.task = self.stack.enter_context(self.reporter.task(phase, steps, "steps"))
+        else:
+            self.task.note(phase)
+
+    def step(self, phase: str) -> bool:
+        if phase == self.phase:
+            self.advance(1)
+        return not self.cancelled
+
+    def finish(self, phase: str) -> None:
+        if phase == self.phase:
+            self.advance(self.left)
+
+    def advance(self, steps: int) -> None:
+        if self.task is not None and steps:
+            self.left -= steps
+            self.task.advance(steps)
+
+
+@contextmanager
+def _progress(module: Any, config: Any, reporter: Reporter) -> Iterator[_Monitor]:
+    """Progress of one build. Ctrl-C must not cross the library's frames: it asks it to stop instead."""
+    monitor = _Monitor(reporter)
+
+    class Progress(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            monitor.start(phase, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            try:
+                return monitor.step(phase)
+            except KeyboardInterrupt:
+                monitor.cancelled = True
+                return False
+
+        def phase_finish(self, phase: str) -> None:
+            monitor.finish(phase)
+
+    held = Progress()
+    config.progress_monitor = held
+    with monitor.stack:
+        yield monitor
+
+
+def _this_gpu() -> dict[str, Any]:
+    try:
+        from pycuda import driver
+    except ImportError:
+        return {"gpu": "unknown"}
+    driver.init()
+    device = driver.Device(0)
+    return {
+        "gpu": device.name(),
+        "compute_capability": ".".join(map(str, device.compute_capability())),
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(content)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BackendError(
+            f"cannot write {path}: {error.strerror}", "choose another folder"
+        ) from error

@@ -1,0 +1,124 @@
+"""TensorRT and TensorRT-RTX as one library: the module, a log that is kept, and what its messages mean.
+
+Both have one Python API. Whatever goes wrong inside them is told in log lines written for their
+developers, while the call returns None; `refusal` turns those lines into one a user can act on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from resq_deploy.errors import BackendError, MissingExtra
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+_NO_GPU = re.compile(
+    r"cudaError(_t)? ?\(?(35|100|999)\b|CUDA initialization failure|CUDA_ERROR_NO_DEVICE"
+    r"|no CUDA-capable device|driver version is insufficient",
+    re.I,
+)
+_RULES = (
+    (
+        re.compile(r"magicTag|Version tag does not match|stdVersionRead|expecting library version"),
+        "the plan was written by another version of {title} than the one installed ({version})",
+        "build it again with this version: resq-export --target {backend}; plans are tied to a version",
+    ),
+    (
+        re.compile(r"incompatible device|different models? of devices|compute capabilit", re.I),
+        "the plan was built for another GPU: {detail}",
+        "build it for this one: resq-export --target {backend}",
+    ),
+    (
+        re.compile(
+            r"header\.size == blobSize|Unexpected end|size mismatch|plan file.*corrupt", re.I
+        ),
+        "the plan is cut short or altered: its size is not what its header says",
+        "copy the whole bundle again, or export the model again",
+    ),
+    (
+        re.compile(r"out ?of ?memory|OutOfMemory", re.I),
+        "{title} ran out of GPU memory",
+        "use a smaller batch, or stop what else uses the GPU",
+    ),
+)
+
+
+def library(backend: str) -> Any:
+    """The Python module of a backend. Raises MissingExtra where it is not installed."""
+    try:
+        return importlib.import_module(LIBRARIES[backend])
+    except ModuleNotFoundError as error:
+        raise MissingExtra(TITLES[backend], backend) from error
+    except ImportError as error:
+        raise BackendError(
+            f"{TITLES[backend]} is installed but does not load: {error}",
+            f"pip install --force-reinstall 'resq-deploy[{backend}]'",
+        ) from error
+
+
+class Log:
+    """Keeps what the library says. `logger` is the object to hand to it, and must outlive what uses it."""
+
+    def __init__(self, module: Any) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+        errors, warnings = self.lines, self.warnings
+        severity = module.ILogger.Severity
+
+        class Logger(module.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    errors.append(message)
+                elif level == severity.WARNING:
+                    warnings.append(message)
+
+        self.logger = Logger()
+
+    def clear(self) -> None:
+        """Forget what was said so far."""
+        self.lines.clear()
+        self.warnings.clear()
+
+
+def refusal(backend: str, version: str, doing: str, lines: list[str]) -> BackendError:
+    """The error that the library's log lines amount to; `doing`: what was asked of it, such as "load the plan"."""
+    title = TITLES[backend]
+    told = [line for line in lines if not line.startswith("[checkMacros")] or lines
+    text = " ".join(told)
+    for pattern, message, hint in _RULES:
+        if pattern.search(text):
+            detail = next((plain(line) for line in told if pattern.search(line)), "")
+            given = {"title": title, "version": version, "backend": backend, "detail": detail}
+            return BackendError(message.format(**given), hint.format(**given))
+    if _NO_GPU.search(" ".join(lines)):
+        return no_gpu(backend, doing)
+    detail = plain(told[0]) if told else "it gives no reason"
+    return BackendError(f"{title} {version} could not {doing}: {detail}")
+
+
+def no_gpu(backend: str, doing: str) -> BackendError:
+    """The error for a machine without an NVIDIA GPU, or without a driver recent enough."""
+    hint = "run it where nvidia-smi shows a GPU (in Docker: --gpus all), or use --backend ort"
+    if doing.startswith("build"):
+        hint = "build there, or use --target tensorrt-rtx, which builds on any machine"
+    return BackendError(
+        f"{TITLES[backend]} needs an NVIDIA GPU with its driver to {doing}; none was found", hint
+    )
+
+
+def plain(message: str) -> str:
+    """A log line without source positions, function names and wrappers."""
+    text = message.strip().split("\n")[0]
+    text = re.sub(r"\s*In (\w|::|<|>|~|\(\))+ at \S+?:\d+\)?.*$", "", text)
+    text = re.sub(r"^\S*IBuilder::\w+: |^\S*IRuntime::\w+: |^I\w+::\w+: ", "", text)
+    text = re.sub(
+        r"Error Code \d+: (Myelin|API Usage Error|Internal Error|Serialization) ?", "", text
+    )
+    text = re.sub(r"\[\w+\.\w+:\d+: \w+\] ?", "", text)
+    return text.strip(" ()").rstrip(".")
