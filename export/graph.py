@@ -93,7 +93,9 @@ def check(model: onnx.ModelProto) -> None:
         raise ModelError(f"the exported graph is not valid ONNX: {first}") from error
 
 
-def run(model: onnx.ModelProto, images: NDArray[np.float32], batch: int = 256) -> NDArray[np.float32]:
+def run(
+    model: onnx.ModelProto, images: NDArray[np.float32], batch: int = 256
+) -> NDArray[np.float32]:
     """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes]."""
     import onnxruntime as ort
 
@@ -114,7 +116,7 @@ def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> Any
     with _quiet():
         try:
             program = torch.onnx.export(
-                module.eval(),
+                module,
                 (example,),
                 dynamo=True,
                 opset_version=opset,
@@ -189,7 +191,9 @@ def _compare(module: nn.Module, model: onnx.ModelProto, shape: tuple[int, int, i
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))[:200]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))[
+        :200
+    ]
 
 
 @contextmanager

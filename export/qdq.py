@@ -123,9 +123,7 @@ class _Edit:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
 
-    def weight(
-        self, weight: Weight, codes: NDArray[np.int8], scale: NDArray[np.float32]
-    ) -> str:
+    def weight(self, weight: Weight, codes: NDArray[np.int8], scale: NDArray[np.float32]) -> str:
         name = weight.name
         self._constant(name, codes)
         self._constant(f"{name}.scale", scale.astype(np.float32))

@@ -187,7 +187,9 @@ class _Planner:
     def _ends_in_conv(self, name: str) -> bool:
         node = self.producers.get(name)
         alone = len(self.consumers.get(name, [])) == 1
-        return alone and node is not None and (node.name, 0) in self.reads and "Conv" in node.op_type
+        return (
+            alone and node is not None and (node.name, 0) in self.reads and "Conv" in node.op_type
+        )
 
     # Rules 3 to 5
 
