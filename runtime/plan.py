@@ -175,6 +175,10 @@ class PlanMap(_Strict):
             value.reshape(-1)[start:stop] = 0
         return value, mask
 
+    def reaches(self, tensor: str) -> bool:
+        """Whether any of a tensor is located."""
+        return tensor in self.tensors
+
     def unreachable(self, flips: Flips) -> int:
         """How many of these bits lie in elements that are not located."""
         lost = 0

@@ -1,0 +1,132 @@
+"""The Runner on TensorRT and TensorRT-RTX: one plan on one GPU, with faults in it.
+
+Faults go in one of three ways, the same address each time (injection.py): `live` in GPU memory,
+`plan` in the plan's bytes before they are loaded, `refit` through the library's refitter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import numpy as np
+
+from resq_deploy.bundle import Bundle
+from resq_deploy.errors import BackendError
+from resq_deploy.faults import FaultSpace, Flips
+from resq_deploy.manifest import Engine
+from resq_deploy.memory import fault_space
+from resq_deploy.runtime.cuda import CudaDevice, Device
+from resq_deploy.runtime.injection import INJECTIONS, Injection, choose
+from resq_deploy.runtime.plan import PlanMap
+from resq_deploy.runtime.runner import Images, Logits, Runner
+from resq_deploy.runtime.session import Loader
+from resq_deploy.runtime.trtlib import TITLES, library
+
+
+class TrtRunner(Runner):
+    """A bundle's TensorRT plan on a GPU."""
+
+    backend: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self, space: FaultSpace, shape: tuple[int, int, int], classes: int,
+        loader: Loader, plan: bytes, plan_map: PlanMap, injection: str = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__(space, shape, classes)
+        self.loader, self.plan, self.plan_map = loader, plan, plan_map
+        self.golden = self.session = loader.load(plan)
+        self.session(np.zeros((1, *shape), dtype=np.float32))  # engines allocate on their first run
+        self._injection: Injection = choose(injection, self)
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, *, engine: str | None = None, injection: str = "auto",
+        device: Callable[[str], Device] = CudaDevice, module: Any = None, **options: Any,
+    ) -> TrtRunner:  # fmt: skip
+        """Load one of the bundle's plans (`engine`: its name, where there are several).
+
+        `injection`: live, plan, refit, or auto (live where all of the plan's weights are found in GPU memory,
+        else plan). Raises MissingExtra or BackendError: no such plan, no GPU, another version, an altered plan.
+        """
+        if injection not in (*INJECTIONS, "auto"):
+            known = ", ".join((*INJECTIONS, "auto"))
+            raise BackendError(f"unknown way of injection {injection!r}", f"one of: {known}")
+        if options:
+            raise BackendError(f"{TITLES[cls.backend]} has no option {sorted(options)[0]!r}")
+        name = find_engine(bundle.manifest.engines, cls.backend, engine)
+        trt = module or library(cls.backend)
+        plan = bundle.file(f"engines/{name}.plan").read_bytes()
+        plan_map = PlanMap.load(bundle.file(f"engines/{name}.weights.json"))
+        plan_map.check(plan)
+        loader = Loader(cls.backend, trt, device(cls.backend))
+        try:
+            return cls(
+                fault_space(bundle.int8), bundle.manifest.input.shape, len(bundle.manifest.classes),
+                loader, plan, plan_map, injection,
+            )  # fmt: skip
+        except BackendError as error:
+            raise _explained(error, bundle.manifest.engines[name], trt.__version__) from error
+
+    def unreachable(self, flips: Flips) -> int:
+        """How many of these bits the way of injection in use cannot change."""
+        return self._injection.unreachable(flips)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Backend, library version, GPU, way of injection, and how much of the weights it reaches."""
+        return {
+            "backend": self.backend,
+            "version": self.loader.module.__version__,
+            "gpu": self.loader.device.name,
+            "injection": self._injection.name,
+            "coverage": self._injection.coverage,
+            "plan_coverage": self.plan_map.coverage,
+            "batch": [self.golden.smallest, self.golden.largest],
+        }
+
+    def close(self) -> None:
+        """Free engine, runtime and device memory."""
+        self.golden.close()
+        self.loader.close()
+        self.loader.device.close()
+
+    def _infer(self, images: Images) -> Logits:
+        return self.session(images)
+
+    def _inject(self, flips: Flips) -> AbstractContextManager[None]:
+        return self._injection.inject(flips)
+
+
+class TrtRtxRunner(TrtRunner):
+    """A bundle's TensorRT-RTX plan on a GPU."""
+
+    backend: ClassVar[str] = "tensorrt-rtx"
+
+
+def find_engine(engines: Mapping[str, Engine], backend: str, name: str | None) -> str:
+    """The name of the bundle's plan for a backend. Raises BackendError where there is none, or several unnamed."""
+    fitting = [n for n, e in engines.items() if e.backend == backend and name in (None, n)]
+    if len(fitting) == 1:
+        return fitting[0]
+    have = ", ".join(f"{n} ({e.backend})" for n, e in engines.items()) or "none"
+    if not fitting:
+        wanted = f"{TITLES[backend]} plan" + (f" named {name!r}" if name else "")
+        raise BackendError(
+            f"the bundle has no {wanted}; its plans: {have}",
+            f"export it with --target {backend}",
+        )
+    raise BackendError(
+        f"the bundle has several {TITLES[backend]} plans: {have}", "name one of them"
+    )
+
+
+def _explained(error: BackendError, entry: Engine, version: str) -> BackendError:
+    """Add what the manifest knows: which version wrote the plan."""
+    if "version" in error.message and entry.version != version:
+        return BackendError(
+            f"the plan was built by {TITLES[entry.backend]} {entry.version}; {version} is installed",
+            f"install {entry.version}, or export again with --target {entry.backend}",
+        )
+    return error
