@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -68,6 +69,12 @@ class FaultSpace:
         self._bits = [_positions(memory, bits) for memory in self.memories]
         sizes = [m.value.size * len(b) for m, b in zip(self.memories, self._bits, strict=True)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self._counts = np.array([len(b) for b in self._bits], dtype=np.int64)
+        self._table = np.zeros(
+            (len(self._bits), max(map(len, self._bits), default=1)), dtype=np.int64
+        )
+        for row, positions in zip(self._table, self._bits, strict=True):
+            row[: len(positions)] = positions
 
     @property
     def size(self) -> int:
@@ -113,13 +120,39 @@ class FaultSpace:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Integers in [0, N) to (index into `memories`, element, bit): three int64 arrays of the same length."""
         tensor = np.searchsorted(self._starts, indices, side="right") - 1
-        offset = indices - self._starts[tensor]
-        counts = np.array([len(b) for b in self._bits], dtype=np.int64)[tensor]
-        element, position = np.divmod(offset, counts)
-        table = np.zeros((len(self._bits), max(map(len, self._bits), default=1)), dtype=np.int64)
-        for row, positions in zip(table, self._bits, strict=True):
-            row[: len(positions)] = positions
-        return tensor, element, table[tensor, position]
+        element, position = np.divmod(indices - self._starts[tensor], self._counts[tensor])
+        return tensor, element, self._table[tensor, position]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """How many fault locations each of `memories` has, int64 [len(memories)]."""
+        return np.diff(self._starts)
+
+    def block(self, index: int, size: int) -> NDArray[np.int64]:
+        """All locations in the aligned block of `size` bytes of the tensor's memory that holds location `index`.
+
+        int64, ascending; the last block of a tensor may be shorter.
+        """
+        tensor, element, bit = (int(part[0]) for part in self.locate(np.array([index])))
+        width = self.memories[tensor].value.dtype.itemsize
+        start = (element * width + bit // 8) // size * size
+        stop = min(start + size, self.memories[tensor].value.size * width)
+        elements = np.arange(start // width, (stop - 1) // width + 1)
+        positions = np.arange(self._counts[tensor])
+        byte = elements[:, None] * width + self._table[tensor, positions] // 8
+        where = self._starts[tensor] + elements[:, None] * self._counts[tensor] + positions
+        found: NDArray[np.int64] = where[(byte >= start) & (byte < stop)]
+        return found
+
+    def values(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The golden bit, 0 or 1, at each of these integers in [0, N)."""
+        tensor, element, bit = self.locate(indices)
+        found = np.zeros(indices.size, dtype=np.uint8)
+        for name in np.unique(tensor):
+            here = tensor == name
+            value = self.memories[name].value.reshape(-1)
+            codes = value[element[here]].view(f"u{value.dtype.itemsize}").astype(np.uint64)
+            found[here] = (codes >> bit[here].astype(np.uint64)) & np.uint64(1)
+        return found
 
     def check(self, fault: Fault) -> Memory:
         """The tensor that a fault address lies in. Raises FaultError where there is no such address."""
@@ -140,12 +173,13 @@ class FaultSpace:
 
     def flips(self, indices: NDArray[np.int64]) -> Flips:
         """The flips at these integers in [0, N), each of them distinct."""
-        tensor, element, bit = self.locate(np.asarray(indices, dtype=np.int64))
+        ordered = np.sort(np.asarray(indices, dtype=np.int64))
+        tensor, element, bit = self.locate(ordered)
+        cuts = np.flatnonzero(np.diff(tensor, prepend=-1, append=-1))
         parts = {}
-        for index in np.unique(tensor):
-            here = tensor == index
-            memory = self.memories[index]
-            parts[memory.name] = _gather(memory, element[here], bit[here])
+        for start, stop in itertools.pairwise(cuts.tolist()):
+            memory = self.memories[tensor[start]]
+            parts[memory.name] = _gather(memory, element[start:stop], bit[start:stop])
         return Flips(parts)
 
     def flips_of(self, faults: Iterable[Fault]) -> Flips:
@@ -158,10 +192,10 @@ class FaultSpace:
         for name, group in found.items():
             if len(set(group)) != len(group):
                 raise FaultError(f"a fault location of {name} is named twice in one trial")
+            group.sort()
             elements = np.array([f.element for f in group], dtype=np.int64)
-            parts[name] = _gather(
-                self.by_name[name], elements, np.array([f.bit for f in group], dtype=np.int64)
-            )
+            bits = np.array([f.bit for f in group], dtype=np.int64)
+            parts[name] = _gather(self.by_name[name], elements, bits)
         return Flips(parts)
 
 
@@ -245,9 +279,9 @@ def _matches(memory: Memory, patterns: Sequence[str]) -> bool:
 
 
 def _gather(memory: Memory, elements: NDArray[np.int64], bits: NDArray[np.int64]) -> TensorFlips:
+    """One mask per element; `elements` ascend."""
     dtype = np.dtype(f"u{memory.value.dtype.itemsize}")
     single = np.left_shift(np.uint64(1), bits.astype(np.uint64)).astype(dtype)
-    distinct, inverse = np.unique(elements, return_inverse=True)
-    masks = np.zeros(distinct.size, dtype=dtype)
-    np.bitwise_or.at(masks, inverse, single)
-    return TensorFlips(distinct.astype(np.int64), masks)
+    firsts = np.flatnonzero(np.diff(elements, prepend=-1))
+    masks = np.bitwise_or.reduceat(single, firsts) if firsts.size else single
+    return TensorFlips(elements[firsts], masks)
