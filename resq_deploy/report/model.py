@@ -43,7 +43,7 @@ class Vulnerability(Strict):
 
 
 class Cell(Strict):
-    """Faults at one bit position of one layer: `trials` hit it; of their (trial, image) pairs a share `sdc1` changed."""
+    """Faults at one bit position of one layer: `trials` hit it; a share `sdc1` of (trial, image) pairs changed."""
 
     layer: str
     bit: int = Field(ge=0)

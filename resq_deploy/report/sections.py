@@ -1,0 +1,353 @@
+"""The sections of the page: verdict, figures, accuracy against BER, outcomes, attacks and the joint matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from resq_deploy.report import words
+from resq_deploy.report.charts import Point, Series, accuracy_chart, swatch
+from resq_deploy.report.markup import Child, Safe, tag
+from resq_deploy.report.model import Campaign, Figure, Report, Requirement
+
+
+def section(ident: str, title: str, *children: Child) -> Safe:
+    """A titled part of the page; empty where there is nothing to show."""
+    if not any(children):
+        return Safe("")
+    return tag(
+        "section", tag("h2", title, id=ident), children, aria_labelledby=ident, class_="part"
+    )
+
+
+def table(caption: str, head: Sequence[Child], rows: Iterable[Sequence[Child]]) -> Safe:
+    """A table whose first column names the row and whose other columns are figures."""
+    columns = [tag("th", cell, scope="col") for cell in head]
+    body = [
+        tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]])
+        for row in rows
+    ]
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("caption", caption),
+            tag("thead", tag("tr", columns)),
+            tag("tbody", body),
+        ),
+        class_="scroll",
+        role="group",
+        tabindex="0",
+        aria_label=caption,
+    )
+
+
+def note(*children: Child) -> Safe:
+    """A paragraph that explains."""
+    return tag("p", children, class_="note")
+
+
+def verdict(report: Report) -> Safe:
+    """What was required, and what became of it."""
+    state = "met" if report.met else "missed"
+    line = words.verdict(report)
+    if not report.requirements:
+        hint = "This report states what was measured and judges nothing: give --require to judge."
+        return tag(
+            "section", tag("p", line, class_="verdict"), note(hint), class_="part first open"
+        )
+    rows = [_requirement(requirement) for requirement in report.requirements]
+    return tag(
+        "section",
+        tag("h2", _sign(report.met), line, id="verdict", class_="verdict"),
+        table("Requirements", ("Requirement", "Measured", "Interval", "Verdict"), rows),
+        class_=f"part first {state}",
+        aria_labelledby="verdict",
+    )
+
+
+def summary(report: Report) -> Safe:
+    """The findings in sentences, and the headline figures."""
+    tiles = [_tile("No fault, no attack", "clean accuracy", report.accuracy)]
+    if (least := words.worst(report)) is not None:
+        tiles.append(
+            _tile("Bit flips", f"accuracy, {words.fault_name(least.fault)}", least.accuracy)
+        )
+    if report.attacks:
+        hard = min(report.attacks, key=lambda a: a.robust.mean)
+        tiles.append(_tile("Attack", f"robust accuracy, {hard.name}", hard.robust))
+    joint = [c for c in report.campaigns if c.on != "clean"]
+    if joint:
+        both = min(joint, key=lambda c: c.accuracy.mean)
+        tiles.append(_tile("Both at once", words.campaign_name(both), both.accuracy))
+    return section(
+        "summary",
+        "In short",
+        tag("div", tiles, class_="tiles"),
+        tag("ul", [tag("li", line) for line in words.findings(report)], class_="findings"),
+    )
+
+
+def accuracy_against_ber(report: Report) -> Safe:
+    """The chart for each line that has at least one bit error rate, and its table."""
+    lines = _series(report)
+    if not lines:
+        return Safe("")
+    legend = tag(
+        "ul",
+        [tag("li", swatch(i), tag("span", line.name)) for i, line in enumerate(lines)],
+        class_="legend",
+    )
+    rows = [
+        (
+            line.name,
+            words.rate(point.rate) if point.rate else "no fault",
+            words.mean(point.figure),
+            words.interval(point.figure),
+            _spread(point),
+        )
+        for line in lines
+        for point in line.points
+    ]
+    level = f"{report.accuracy.confidence:.0%}"
+    return section(
+        "ber",
+        "Accuracy against bit error rate",
+        note(
+            f"Each point is the mean over all trials at one rate; the dark band is its {level} "
+            "interval, the light band holds 90% of the trials. The vertical axis may not start at 0."
+        ),
+        legend,
+        tag("figure", accuracy_chart(lines, 940, 340, "wide")),
+        tag("figure", accuracy_chart(lines, 360, 280, "narrow")),
+        details(
+            "The same as a table",
+            table(
+                "Accuracy at each bit error rate",
+                ("Images", "BER", "Accuracy", "Interval", "5th\u201395th percentile of trials"),
+                rows,
+            ),
+        ),
+    )
+
+
+def outcomes(report: Report) -> Safe:
+    """What faults did, campaign by campaign, in the classes of the field."""
+    clean = [c for c in report.campaigns if c.on == "clean"]
+    attacked = [c for c in report.campaigns if c.on != "clean"]
+    meaning = [
+        (tag("dt", words.OUTCOME_NAMES[n]), tag("dd", words.OUTCOMES[n])) for n in words.OUTCOMES
+    ]
+    return section(
+        "outcomes",
+        "What the faults did",
+        _outcome_table("Outcome classes, on unaltered images", clean) if clean else None,
+        details(
+            f"{len(attacked)} campaigns on attacked images",
+            _outcome_table("Outcome classes, on attacked images", attacked),
+        )
+        if attacked
+        else None,
+        (
+            note(
+                "Shares of all (trial, image) pairs. The classes overlap: they do not add up to 100%."
+            ),
+            tag("dl", meaning, class_="terms"),
+        )
+        if report.campaigns
+        else None,
+    )
+
+
+def _outcome_table(caption: str, campaigns: Sequence[Campaign]) -> Safe:
+    names = tuple(words.OUTCOMES)
+    rows = [
+        (
+            words.campaign_name(c),
+            words.count(c.trials),
+            words.count(c.flips),
+            *(stacked(getattr(c, name)) for name in ("accuracy", *names)),
+        )
+        for c in campaigns
+    ]
+    outcome = (words.OUTCOME_NAMES[n] for n in names)
+    return table(caption, ("Fault", "Trials", "Bits flipped", "Accuracy", *outcome), rows)
+
+
+def attacks(report: Report) -> Safe:
+    """Each attack, and the matrix of attacks and faults."""
+    rows = [
+        (
+            a.name,
+            words.both(a.robust),
+            words.both(a.success),
+            words.budget(a.norm, a.eps),
+            a.crafted_through,
+        )
+        for a in report.attacks
+    ]
+    if not rows:
+        return Safe("")
+    warned = [f"{a.name}: {text}" for a in report.attacks for text in a.warnings]
+    return section(
+        "attacks",
+        "Attacks",
+        note(
+            "Success is the share of images that were right before the attack and are wrong after it."
+        ),
+        table(
+            "Attacks on the deployed artifact",
+            ("Attack", "Robust accuracy", "Success", "Budget", "Crafted through"),
+            rows,
+        ),
+        tag("ul", [tag("li", w) for w in warned], class_="warnings") if warned else None,
+        _joint(report),
+    )
+
+
+def figures(report: Report) -> Safe:
+    """Every figure under the name that `--require` knows it by."""
+    rows = [
+        (
+            tag("code", name),
+            words.group_of(name),
+            words.mean(figure),
+            words.interval(figure),
+            f"{words.count(figure.n)}, {figure.method}",
+        )
+        for name, figure in report.figures.items()
+    ]
+    return section(
+        "figures",
+        "All figures",
+        note(
+            f"Intervals at {report.accuracy.confidence:.0%} confidence. These names work in --require."
+        ),
+        details(
+            f"{len(rows)} figures",
+            table("All figures", ("Figure", "Threat", "Mean", "Interval", "Counted, method"), rows),
+        ),
+    )
+
+
+def details(summary_text: str, *children: Child) -> Safe:
+    """Something that opens on demand, and is open on paper."""
+    return tag("details", tag("summary", summary_text), children)
+
+
+def _requirement(requirement: Requirement) -> tuple[Child, ...]:
+    measured = requirement.measured
+    doubt = "" if requirement.certain else "the interval reaches across the threshold"
+    state = "met" if requirement.met else "not met"
+    return (
+        tag("code", requirement.expression),
+        words.mean(measured) if measured else words.percent(requirement.value, 2),
+        words.interval(measured) if measured else "",
+        (
+            tag(
+                "span",
+                _sign(requirement.met),
+                state,
+                class_="good" if requirement.met else "bad",
+            ),
+            tag("small", doubt) if doubt else None,
+        ),
+    )
+
+
+def _sign(good: bool) -> Safe:
+    return tag("span", "\u2713" if good else "\u2717", aria_hidden="true", class_="sign")
+
+
+def _tile(title: str, what: str, figure: Figure) -> Safe:
+    return tag(
+        "div",
+        tag("p", title, class_="tile-title"),
+        tag("p", words.mean(figure), class_="tile-value"),
+        tag("p", words.interval(figure), class_="tile-interval"),
+        tag("p", what, class_="tile-what"),
+        class_="tile",
+    )
+
+
+def stacked(figure: Figure) -> Child:
+    """A figure with its interval below it."""
+    return (words.mean(figure), tag("small", words.interval(figure)))
+
+
+def _series(report: Report) -> list[Series]:
+    bases: dict[str, Figure] = {"clean": report.accuracy}
+    bases |= {a.name: a.robust for a in report.attacks}
+    lines = []
+    for on in dict.fromkeys(c.on for c in report.campaigns):
+        points = [
+            Point(rate, c.accuracy, _quantiles(c))
+            for c in report.campaigns
+            if c.on == on and (rate := words.bit_error_rate(c.fault))
+        ]
+        if points and on in bases:
+            points.append(Point(0.0, bases[on]))
+        if points:
+            name = "unaltered images" if on == "clean" else f"under {on}"
+            lines.append(Series(name, tuple(sorted(points, key=lambda p: p.rate))))
+    return lines
+
+
+def _quantiles(campaign: Campaign) -> tuple[float, float] | None:
+    found = campaign.accuracy_quantiles
+    if "0.05" in found and "0.95" in found:
+        return found["0.05"], found["0.95"]
+    return None
+
+
+def _spread(point: Point) -> str:
+    if point.spread is None:
+        return ""
+    return f"{point.spread[0]:.1%}\u2013{point.spread[1]:.1%}"
+
+
+def _joint(report: Report) -> Child:
+    """Rows: no attack, and each attack. Columns: no fault, and each fault. Cells: accuracy."""
+    cells: dict[tuple[str, str], Figure] = {("clean", ""): report.accuracy}
+    cells |= {(a.name, ""): a.robust for a in report.attacks}
+    cells |= {(c.on, c.fault): c.accuracy for c in report.campaigns}
+    faults = ["", *dict.fromkeys(c.fault for c in report.campaigns if c.on != "clean")]
+    if len(faults) == 1:
+        return None
+    rows = [
+        (_row_name(on), *(_joint_cell(cells.get((on, fault)), report) for fault in faults))
+        for on in dict.fromkeys(on for on, _ in cells)
+    ]
+    return (
+        tag("h3", "Both threats at once"),
+        note(
+            "Accuracy with the attack of the row and the fault of the column. "
+            "The stronger the colour, the more is lost against no attack and no fault: a step is 10 points."
+        ),
+        tag(
+            "div",
+            table(
+                "Accuracy under attacks and faults together",
+                ("Attack", *(words.fault_name(f) if f else "no fault" for f in faults)),
+                rows,
+            ),
+            class_="matrix",
+        ),
+    )
+
+
+def _row_name(on: str) -> str:
+    return "no attack" if on == "clean" else on
+
+
+def _joint_cell(figure: Figure | None, report: Report) -> Child:
+    if figure is None:
+        return tag("span", "not run", class_="missing")
+    lost = max(report.accuracy.mean - figure.mean, 0.0)
+    shade = f"h{min(math.ceil(lost * 10 - 0.01), 7) if lost else 0}"
+    return tag(
+        "span",
+        tag("b", words.mean(figure)),
+        tag("small", words.interval(figure)),
+        class_=f"cell {shade}",
+    )

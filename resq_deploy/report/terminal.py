@@ -1,0 +1,72 @@
+"""The report on a terminal: a table that fits 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from resq_deploy.report import words
+from resq_deploy.report.files import HTML
+from resq_deploy.report.model import Figure, Report
+
+_SHOWN = 40  # figures; the rest is in the files
+
+
+def print_report(
+    report: Report, *, folder: Path | None = None, console: Console | None = None
+) -> None:
+    """Print the figures, what was not covered, the requirements, and where the page lies, to stdout."""
+    out = console or Console(highlight=False)
+    subject = report.subject
+    title = f"{subject.name} ({subject.arch}) on {report.runner.get('backend', '?')}"
+    out.print(Text(title, style="bold"))
+    out.print(_figures(report))
+    for line in report.warnings:
+        out.print(Text(f"warning: {line}"))
+    for line in report.not_covered:
+        out.print(Text(f"not covered: {line}"))
+    if report.requirements:
+        out.print(_requirements(report))
+    out.print(_verdict(report))
+    if folder is not None:
+        out.print(Text(f"report: {folder / HTML}"), soft_wrap=True)
+
+
+def _figures(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("figure", overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column(f"{report.accuracy.confidence:.0%} interval", justify="right", no_wrap=True)
+    table.add_column("counted", justify="right", no_wrap=True)
+    for name, figure in list(report.figures.items())[:_SHOWN]:
+        table.add_row(Text(name), *_numbers(figure))
+    if len(report.figures) > _SHOWN:
+        table.add_row(f"... {len(report.figures) - _SHOWN} more in figures.csv", "", "", "")
+    return table
+
+
+def _numbers(figure: Figure) -> tuple[str, str, str]:
+    return words.mean(figure), words.interval(figure), words.count(figure.n)
+
+
+def _requirements(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("requirement", overflow="fold")
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for requirement in report.requirements:
+        verdict = Text("met", "green") if requirement.met else Text("not met", "bold red")
+        if not requirement.certain:
+            verdict.append(" (uncertain)", "yellow")
+        measured = requirement.measured
+        shown = words.mean(measured) if measured else words.percent(requirement.value, 2)
+        table.add_row(Text(requirement.expression), shown, verdict)
+    return table
+
+
+def _verdict(report: Report) -> Text:
+    style = "bold" if not report.requirements else "bold green" if report.met else "bold red"
+    return Text(words.verdict(report), style)

@@ -1,0 +1,230 @@
+"""How figures, faults and attacks are put into words: one place, so that every face of a report says the same."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from resq_deploy.report.model import Campaign, Figure, Report
+
+OUTCOMES = {
+    "masked": "The logits are the same to the last bit: the fault left no trace.",
+    "sdc1": "Silent data corruption: the answer (top-1 class) changed, and nothing said so.",
+    "sdc5": "The class answered without the fault is no longer among the five best.",
+    "critical": "A right answer became a wrong one.",
+    "due": "Detectable, unrecoverable error: a logit is infinite or not a number.",
+}
+OUTCOME_NAMES = {
+    "masked": "masked",
+    "sdc1": "SDC-1",
+    "sdc5": "SDC-5",
+    "critical": "critical",
+    "due": "DUE",
+}
+GLOSSARY = {
+    "BER": "Bit error rate: the chance that any one bit of the weight memory is flipped.",
+    "SEU": "Single-event upset: one random bit of the weight memory is flipped.",
+    "MBU": "Multiple-bit upset: a few neighbouring bits are flipped at once.",
+    "trial": "One draw of faults, and one run over all its images with these faults in memory.",
+    "golden run": "The run without any fault that faulty runs are compared with.",
+    "clean accuracy": "The share of unaltered images that the network classifies correctly.",
+    "robust accuracy": "The share of images still classified correctly after an attacker altered them.",
+    "eps": "The attacker's budget: how far each pixel (L-inf), or the image as a whole (L2), may move; "
+    "pixels lie between 0 and 1.",
+    "interval": "Where the true figure lies, at the stated confidence, given how much was measured.",
+    "bit 7": "The most significant bit of an INT8 weight, its sign; bit 0 is the least significant.",
+}
+_FIXED_FAULTS = {
+    "seu": "one random bit flipped",
+    "sbu": "one random bit flipped",
+    "byte": "one random byte replaced",
+    "word": "one random 32-bit word replaced",
+    "stuck-at-0": "one random bit stuck at 0",
+    "stuck-at-1": "one random bit stuck at 1",
+}
+
+
+def decimals(figure: Figure) -> int:
+    """Digits after the point of a percentage that the width of the interval supports: 1 to 5."""
+    half = (figure.high - figure.low) * 50
+    return 1 if half <= 0 else min(max(1 - math.floor(math.log10(half)) - 1, 1), 5)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage, `91.8%`; never rounded to 0% or 100% that it is not."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    written = f"{share * 100:.{digits}f}%"
+    if share > 0 and float(written[:-1]) == 0:
+        return f"<{10**-digits:.{digits}f}%"
+    if share < 1 and float(written[:-1]) == 100:
+        return f">{100 - 10**-digits:.{digits}f}%"
+    return written
+
+
+def mean(figure: Figure) -> str:
+    """`91.8%`, with as many digits as the interval supports."""
+    return percent(figure.mean, decimals(figure))
+
+
+def interval(figure: Figure) -> str:
+    """`90.1\u201393.2%`."""
+    digits = decimals(figure)
+    low = percent(figure.low, digits).removesuffix("%")
+    return f"{low}\u2013{percent(figure.high, digits)}"
+
+
+def both(figure: Figure) -> str:
+    """`91.8% (90.1\u201393.2%)`."""
+    return f"{mean(figure)} ({interval(figure)})"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares: `\u221218.4 points`."""
+    return f"{difference * 100:+.1f} points".replace("-", "\u2212")
+
+
+def rate(value: float) -> str:
+    """A bit error rate as people write it: `1e-4`."""
+    digits, _, exponent = (
+        f"{value:.3g}".partition("e") if value >= 0.1 else f"{value:.2e}".partition("e")
+    )
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return f"{digits}e{int(exponent)}" if exponent else digits
+
+
+def count(value: int | float) -> str:
+    """`12,345`."""
+    return f"{value:,.0f}"
+
+
+def bit_error_rate(fault: str) -> float | None:
+    """The rate in `ber:1e-4` or `ber=1e-4`; None for another fault model."""
+    found = re.fullmatch(r"ber[:=]([0-9.eE+-]+)", fault)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        return None
+
+
+def fault_name(fault: str) -> str:
+    """A fault model's short name: `BER 1e-4`, `SEU`, `MBU of 4`."""
+    kind, _, value = fault.partition(":")
+    if (ber := bit_error_rate(fault)) is not None:
+        return f"BER {rate(ber)}"
+    if kind in ("seu", "sbu"):
+        return kind.upper()
+    return f"MBU of {value}" if kind == "mbu" and value else fault
+
+
+def fault_words(fault: str) -> str:
+    """What one trial of a fault model does to the weight memory."""
+    kind, _, value = fault.partition(":")
+    if (ber := bit_error_rate(fault)) is not None:
+        return f"each bit flipped with a probability of {rate(ber)}"
+    if kind == "mbu" and value:
+        return f"{value} neighbouring bits flipped"
+    if kind == "bits" and value:
+        return f"{value} random bits flipped"
+    return _FIXED_FAULTS.get(kind, f"fault model {fault}")
+
+
+def budget(norm: str, eps: float) -> str:
+    """An attack's budget in pixels of [0, 1]: `L-inf 8/255`, `L2 0.5`."""
+    steps = round(eps * 255)
+    whole = steps > 0 and norm == "linf" and math.isclose(eps * 255, steps, rel_tol=1e-4)
+    name = {"linf": "L-inf", "l2": "L2"}.get(norm, norm)
+    return f"{name} {steps}/255" if whole else f"{name} {eps:.4g}"
+
+
+def where_words(where: Mapping[str, Any]) -> str:
+    """The part of the weight memory that faults were drawn from."""
+    parts = []
+    for key, value in where.items():
+        if value in (None, [], ()):
+            continue
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        parts.append(shown if key in ("where", "kinds") else f"{key} {shown}")
+    return "; ".join(parts) or "all weight memory"
+
+
+def campaign_name(campaign: Campaign) -> str:
+    """`BER 1e-4`, or `BER 1e-4, on pgd,eps=8/255`."""
+    name = fault_name(campaign.fault)
+    return name if campaign.on == "clean" else f"{name}, on {campaign.on}"
+
+
+def group_of(name: str) -> str:
+    """Which threat a figure is about, from its name: `clean`, `faults`, `attacks` or `both at once`."""
+    head, *parts = name.split("@")
+    if head == "robust":
+        return "both at once" if len(parts) > 1 else "attacks"
+    return "faults" if parts else "clean"
+
+
+def verdict(report: Report) -> str:
+    """The first line of every face."""
+    total = len(report.requirements)
+    failed = sum(not requirement.met for requirement in report.requirements)
+    if total == 0:
+        return "No requirement was set"
+    if failed:
+        return f"{failed} of {total} requirement{'s' * (total > 1)} not met"
+    return "The requirement is met" if total == 1 else f"All {total} requirements are met"
+
+
+def worst(report: Report) -> Campaign | None:
+    """The campaign on unaltered images that cost most accuracy; None where there was none."""
+    clean = [c for c in report.campaigns if c.on == "clean"]
+    return min(clean, key=lambda c: c.accuracy.mean, default=None)
+
+
+def findings(report: Report) -> list[str]:
+    """What the figures say, in sentences for a reader who has not seen such a report before."""
+    images = f"{count(report.accuracy.n)} images"
+    said = [
+        f"Without any fault or attack it classifies {both(report.accuracy)} of {images} correctly."
+    ]
+    said += _fault_findings(report)
+    said += [
+        f"Under the attack {attack.name} it still classifies {both(attack.robust)} correctly."
+        for attack in sorted(report.attacks, key=lambda a: a.robust.mean)[:1]
+    ]
+    joint = [c for c in report.campaigns if c.on != "clean"]
+    if joint:
+        least = min(joint, key=lambda c: c.accuracy.mean)
+        said.append(
+            f"With both at once, {least.on} and {fault_words(least.fault)}, {both(least.accuracy)}."
+        )
+    return said
+
+
+def _fault_findings(report: Report) -> list[str]:
+    said = []
+    if (least := worst(report)) is not None:
+        change = points(least.accuracy.mean - report.accuracy.mean)
+        said.append(
+            f"With {fault_words(least.fault)} it classifies {both(least.accuracy)} correctly, "
+            f"{change} against no fault."
+        )
+    for campaign in report.campaigns:
+        if campaign.on == "clean" and campaign.fault in ("seu", "sbu"):
+            said.append(
+                f"One flipped bit changes the answer for {both(campaign.sdc1)} of the images."
+            )
+            said += _weakest(campaign)
+    return said
+
+
+def _weakest(campaign: Campaign) -> list[str]:
+    bits = sorted(campaign.bits, key=lambda v: v.sdc1.mean, reverse=True)
+    layers = sorted(campaign.layers, key=lambda v: v.sdc1.mean, reverse=True)
+    if not bits or not layers or bits[0].sdc1.mean == 0:
+        return []
+    layer, bit = layers[0], bits[0]
+    return [
+        f"The most sensitive layer is {layer.name} ({mean(layer.sdc1)} of answers changed), "
+        f"the most sensitive bit position {bit.name.removeprefix('bit ')} ({mean(bit.sdc1)})."
+    ]

@@ -1,0 +1,100 @@
+"""Figures, faults and attacks in words."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resq_deploy.report import words
+from resq_deploy.report.model import Figure
+from tests.report import example
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "said"),
+    [
+        (0.918, 1, "91.8%"),
+        (0.0, 3, "0%"),
+        (1.0, 2, "100%"),
+        (0.0001, 1, "<0.1%"),
+        (0.99999, 1, ">99.9%"),
+        (0.00012, 3, "0.012%"),
+    ],
+)
+def test_percentages(share: float, digits: int, said: str) -> None:
+    assert words.percent(share, digits) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1e-4, "1e-4"), (0.001, "1e-3"), (0.015, "1.5e-2"), (0.5, "0.5"), (1.25e-10, "1.25e-10")],
+)
+def test_rates(value: float, said: str) -> None:
+    assert words.rate(value) == said
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "what"),
+    [
+        ("ber:0.0001", "BER 1e-4", "each bit flipped with a probability of 1e-4"),
+        ("seu", "SEU", "one random bit flipped"),
+        ("mbu:4", "MBU of 4", "4 neighbouring bits flipped"),
+        ("bits:10", "bits:10", "10 random bits flipped"),
+        ("stuck-at-1", "stuck-at-1", "one random bit stuck at 1"),
+        ("ber:x", "ber:x", "fault model ber:x"),
+        ("my-own", "my-own", "fault model my-own"),
+    ],
+)
+def test_faults(fault: str, name: str, what: str) -> None:
+    assert (words.fault_name(fault), words.fault_words(fault)) == (name, what)
+
+
+def test_budgets() -> None:
+    assert words.budget("linf", 8 / 255) == "L-inf 8/255"
+    assert words.budget("linf", 0.03) == "L-inf 0.03"
+    assert words.budget("l2", 0.5) == "L2 0.5"
+
+
+def test_groups() -> None:
+    names = ["accuracy", "sdc1@seu", "robust@pgd,eps=8/255", "robust@pgd,eps=8/255@ber=1e-4"]
+    assert [words.group_of(n) for n in names] == ["clean", "faults", "attacks", "both at once"]
+
+
+@pytest.mark.parametrize(
+    ("demands", "said"),
+    [
+        ((), "No requirement was set"),
+        (("accuracy >= 0.9",), "The requirement is met"),
+        (("accuracy >= 0.9", "accuracy > 0.5"), "All 2 requirements are met"),
+        (("accuracy >= 0.99",), "1 of 1 requirement not met"),
+        (("accuracy >= 0.9", "accuracy > 0.99"), "1 of 2 requirements not met"),
+    ],
+)
+def test_verdicts(demands: tuple[str, ...], said: str) -> None:
+    assert words.verdict(example.report(demands)) == said
+
+
+def test_findings_name_the_worst() -> None:
+    said = "\n".join(words.findings(example.report()))
+    assert "92.0% (90.3\u201393.7%) of 1,000 images" in said
+    assert "probability of 1e-2" in said
+    assert "\u221218.4 points" in said
+    assert "conv1 " in said
+    assert "bit position 7" in said
+    assert "pgd,eps=8/255" in said
+
+
+def test_findings_of_a_bare_report() -> None:
+    bare = example.report((), campaigns=(), attacks=(), figures={"accuracy": example.figure(0.92)})
+    assert len(words.findings(bare)) == 1
+
+
+@given(low=st.floats(0, 1), mid=st.floats(0, 1), high=st.floats(0, 1))
+def test_a_figure_is_never_rounded_to_certainty(low: float, mid: float, high: float) -> None:
+    low, mid, high = sorted((low, mid, high))
+    figure = Figure(mean=mid, low=low, high=high, confidence=0.95, method="wilson", n=10)
+    said = words.mean(figure)
+    assert (said == "0%") == (mid == 0)
+    assert (said == "100%") == (mid == 1)
+    assert 1 <= words.decimals(figure) <= 5
