@@ -251,7 +251,8 @@ class StuckAt(FaultModel):
         return distinct(rng, space.size, self.argument or 1)
 
     def effective(self, space: FaultSpace, locations: Locations) -> Locations:
-        return locations[space.values(locations) != self.held]
+        changed: Locations = locations[space.values(locations) != self.held]
+        return changed
 
 
 @register
