@@ -26,7 +26,7 @@ def accuracy(
     """
     named = {f"network.{name}": value for name, value in (weights or {}).items()}
     right = 0
-    for part, wanted in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+    for part, wanted in zip(*(torch.split(t, _BATCH) for t in (images, labels)), strict=True):
         right += int((functional_call(model, named, (part,)).argmax(1) == wanted).sum())
     return right / len(labels)
 
@@ -37,7 +37,7 @@ def robust_accuracy(
     """Accuracy under PGD with `steps` steps in the L-inf ball of `eps`, one restart."""
     generator = torch.Generator().manual_seed(seed)
     right = 0
-    for part, wanted in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+    for part, wanted in zip(*(torch.split(t, _BATCH) for t in (images, labels)), strict=True):
         moved = perturb.ascend(
             lambda x, y=wanted: functional.cross_entropy(model(x), y),  # type: ignore[misc]
             part,

@@ -25,7 +25,8 @@ def bit_planes(images: Tensor, generator: torch.Generator, k: int = _BIT_PLANES)
     """
     noisy = 255 * images + 2 ** min(k - 2, 3) * noise_like(images, generator)
     coarse = noisy - noisy.remainder(2**k) + 2 ** (k - 1)
-    return coarse.clamp(0, 255) / 255
+    planes: Tensor = coarse.clamp(0, 255) / 255
+    return planes
 
 
 def step_along(images: Tensor, gradient: Tensor, eps: float, generator: torch.Generator) -> Tensor:

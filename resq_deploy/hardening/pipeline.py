@@ -305,7 +305,7 @@ def _datasets(data: str | tuple[Dataset, Dataset], reporter: Reporter) -> tuple[
     else:
         train, test = data
     if train.shape != test.shape or len(train.classes) != len(test.classes):
-        names = tuple(max((train.classes, test.classes), key=len))
+        names = train.classes if len(train.classes) > len(test.classes) else test.classes
         if train.shape != test.shape:
             raise DataError("training and test images differ in shape", "use one data set")
         train, test = (replace(d, classes=names) for d in (train, test))

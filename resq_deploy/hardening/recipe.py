@@ -78,7 +78,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All of hardening. `amp`: off, bf16 or fp16 (fp16 needs CUDA). `ema`: decay of the averaged
+    """All of hardening. `amp`: off, bf16 or fp16 (fp16 needs CUDA). `ema`: decay (less in short
+    phases) of the averaged
     weights (0: off).
 
     `patience`: epochs without a better joint score before a stage ends (0: never); `holdout`: how

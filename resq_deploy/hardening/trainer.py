@@ -32,6 +32,8 @@ _SAVE_SECONDS = 60.0
 _WARMUP = 0.15
 _BASE_BATCH = 128
 _MAX_NORM = 5.0
+_WINDOWS = 20  # an average reaches back over a twentieth of a short phase, not over all of it
+_ADAM_DECAY = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,12 @@ class _Run:
             progress=self.done / self.total,
             generator=mine,
             shared=shared,
-            backward=lambda loss: self.scaler.scale(loss).backward(),
+            backward=self._backward,
             autocast=self._autocast,
         )
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(self.scaler.scale(loss))
 
     def _autocast(self) -> AbstractContextManager[object]:
         amp = self.owner.recipe.amp
@@ -166,7 +171,7 @@ class _Run:
 
     @torch.no_grad()
     def _average(self) -> None:
-        decay = min(self.owner.recipe.ema, self.done / (self.done + 10))
+        decay = min(self.owner.recipe.ema, 1 - _WINDOWS / (self.total + _WINDOWS))
         for name, value in self.model.state_dict().items():
             held = self.average[name]
             if held.is_floating_point():
@@ -188,7 +193,7 @@ class _Run:
             task.note(f"{text} {self._scored()}".rstrip())
             for name, value in outcome.losses.items():
                 self.owner.log(f"{self.job.name}/{name}", value, self.done)
-            rate = self.schedule.get_last_lr()[0]
+            rate = float(self.schedule.get_last_lr()[0])
             self.owner.log(f"{self.job.name}/learning rate", rate, self.done)
 
     def _scored(self) -> str:
@@ -199,8 +204,8 @@ class _Run:
         self.world.share(v for v in self.model.buffers() if v.is_floating_point())
         self._judge()
         task.note(self._scored())
-        for name, value in self.scores.items():
-            self.owner.log(f"{self.job.name}/{name}", value, self.done)
+        for name, figure in self.scores.items():
+            self.owner.log(f"{self.job.name}/{name}", figure, self.done)
         patience, joint = self.owner.recipe.patience, self.scores["joint"]
         self.waited = 0 if joint > self.best else self.waited + 1
         if joint > self.best or patience == 0:
@@ -276,10 +281,14 @@ def optimizer(model: nn.Module, phase: Phase, recipe: Recipe) -> torch.optim.Opt
     tall = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
     flat = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     scale = recipe.batch / _BASE_BATCH
-    if has_batchnorm(model):
-        groups = [{"params": tall, "weight_decay": recipe.weight_decay}, {"params": flat}]
+    convolutional = has_batchnorm(model)
+    decay = recipe.weight_decay if convolutional else _ADAM_DECAY
+    groups: list[dict[str, Any]] = [
+        {"params": tall, "weight_decay": decay},
+        {"params": flat, "weight_decay": 0.0},
+    ]
+    if convolutional:
         return torch.optim.SGD(groups, lr=phase.lr * scale, momentum=0.9, nesterov=True)
-    groups = [{"params": tall, "weight_decay": 0.05}, {"params": flat, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=phase.adam_lr * math.sqrt(scale))
 
 
