@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resq_deploy.report import words
 from resq_deploy.report.files import HTML
-from resq_deploy.report.model import Figure, Report
+from resq_deploy.report.model import Figure, Report, Requirement
 
 _SHOWN = 40  # figures; the rest is in the files
 
@@ -61,10 +61,14 @@ def _requirements(report: Report) -> Table:
         verdict = Text("met", "green") if requirement.met else Text("not met", "bold red")
         if not requirement.certain:
             verdict.append(" (uncertain)", "yellow")
-        measured = requirement.measured
-        shown = words.mean(measured) if measured else words.percent(requirement.value, 2)
-        table.add_row(Text(requirement.expression), shown, verdict)
+        table.add_row(Text(requirement.expression), _compared(requirement), verdict)
     return table
+
+
+def _compared(requirement: Requirement) -> str:
+    digits = words.decimals(requirement.measured) if requirement.measured else 2
+    end = "" if requirement.compared == "mean" else f"{requirement.compared} "
+    return end + words.percent(requirement.value, digits)
 
 
 def _verdict(report: Report) -> Text:

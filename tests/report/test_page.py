@@ -34,7 +34,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demands = (*example.DEMANDS, "accuracy >= 0.919", "high(sdc1@seu) < 0.01%")
-    return write_report(example.report(demands), tmp_path_factory.mktemp("report"))
+    whole = example.report(demands)
+    some = tuple(
+        c for c in whole.campaigns if c.on != example.ATTACKS[0] and c.fault in ("seu", "ber:0.01")
+    )
+    return write_report(
+        whole.model_copy(update={"campaigns": some}), tmp_path_factory.mktemp("report")
+    )
 
 
 class References(HTMLParser):
@@ -61,7 +67,7 @@ def test_refers_to_nothing_outside(written: Path) -> None:
     assert not re.search(r"url\(|@import|@font-face", text)
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_axe_finds_nothing_serious(chromium: Browser, written: Path, look: str) -> None:
     chromium.show(written, **LOOKS[look])  # type: ignore[arg-type]
     chromium.run("document.querySelectorAll('details').forEach(d => d.open = true)")
