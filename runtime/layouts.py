@@ -171,7 +171,7 @@ def candidates(shape: tuple[int, ...]) -> tuple[Layout, ...]:
     Plain permutations; then one axis filled up or cut into blocks of 4 to 64 (see the module's text).
     """
     found: dict[tuple[tuple[int, int, int], ...], Layout] = {}
-    if 1 <= len(shape) <= MAX_NDIM:
+    if 1 <= len(shape) <= MAX_NDIM and min(shape) > 0:
         for tag in _tags(len(shape)):
             layout = Layout(tag, shape)
             found.setdefault(layout.key, layout)

@@ -107,7 +107,8 @@ class Placement(_Strict):
     def read(self, plan: Any) -> NDArray[Any]:
         """The whole copy as a tensor; what it holds in holes means nothing."""
         dtype = np.dtype(self.dtype)
-        return copy_of(plan, self.offset, self.pitch or self._width, self.order, dtype)
+        value = copy_of(plan, self.offset, self.pitch or self._width, self.order, dtype)
+        return value.copy() if value.base is not None else value
 
 
 class Unlocated(_Strict):
