@@ -1,0 +1,453 @@
+"""Rewrite an S8 QDQ graph so that ONNX Runtime on x86 computes it in integers, and fast.
+
+x86 multiplies unsigned by signed bytes, so activations are re-encoded from S8 to U8: the same
+integers, moved by a zero point of 128 (or, where a Relu makes them 0..127, not at all). Images lie in
+NHWC. `lower` writes ONNX Runtime's integer operators itself and leaves nothing to its fusions:
+
+    DQ -> Conv [-> Relu | Clip | MaxPool ...] -> Q     QLinearConv, then a clamp of bytes if needed
+    DQ -> Conv -> float (a residual Add, SiLU, ...)    im2col and MatMulIntegerToFloat
+    DQ -> MatMul | Gemm [-> Add bias]                  MatMulIntegerToFloat
+    DQ, DQ -> Add -> Q                                 QLinearAdd
+    DQ -> MaxPool | Relu | GlobalAveragePool -> Q      on bytes
+
+What no pattern fits runs as the file says, in float. Weight initializers keep their names and
+bytes, so a fault address means the same in both graphs.
+
+How results differ. Sums of products are exact integers here; a float convolution of the same codes
+(the unfused file) rounds each product and sum. The scales are applied in one float multiplication
+instead of several, and in QLinearConv the float bias is rounded to the accumulator's unit s_x * s_w.
+So a value next to a rounding boundary of a Q may land one code away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from resq_deploy.runtime.forms import MOVES, MS, Forms, Lowered, Quant, Sink, Weight
+from resq_deploy.runtime.graph import Graph, attributes, sane_scale
+
+_UNARY = {"Relu", "Clip", "Sigmoid", "Tanh", "Erf", "HardSwish", "HardSigmoid", "LeakyRelu", "Gelu"}
+ELEMENTWISE = frozenset(_UNARY | {"Add", "Sub", "Mul", "Div", "Min", "Max", "Sqrt", "Exp", "Neg"})
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_SMALL_MAP = 16  # output pixels up to which im2col and one matrix product beat QLinearConv
+_GATHER_CHANNELS = 128  # from so many bytes a pixel on, gathering pixels beats slicing images
+_BIAS_LIMIT = 2.0**30  # an int32 bias plus any accumulator must not overflow
+
+
+def lower(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model for fast execution by ONNX Runtime on x86; same inputs, outputs and weight bytes.
+
+    Patterns that are not known, and parameters out of the ordinary (a scale that is not positive and
+    finite, a zero point on weights), stay float operators.
+    """
+    return lower_graph(Graph.of(model)).model()
+
+
+def lower_graph(graph: Graph) -> Lowered:
+    """`lower` on a parsed graph, whose parameters may have been exchanged."""
+    return _Lowering(graph).run()
+
+
+class _Lowering(Forms):
+    """One pass over the nodes; `on_X` returns whether a pattern fitted a node X."""
+
+    def run(self) -> Lowered:
+        for info in self.graph.inputs:
+            self.finish(info.name)
+        for node in self.graph.nodes:
+            if id(node) not in self.done:
+                handler: Callable[[onnx.NodeProto], bool] | None
+                handler = getattr(self, f"on_{node.op_type}", None)
+                if node.domain or handler is None or not handler(node):
+                    self.plain(node)
+        for info in self.graph.outputs:
+            got = self.float_of(info.name)
+            if got != info.name:
+                identity = onnx.helper.make_node("Identity", [got], [info.name], "resq/out")
+                self.out.nodes.append(identity)
+        return self.out
+
+    def plain(self, node: onnx.NodeProto) -> None:
+        """A node as the file says; elementwise ones in whichever layout their inputs have."""
+        nhwc = node.op_type in ELEMENTWISE and not node.domain and self._can_be_nhwc(node)
+        if node.op_type in _LAYERS:
+            self.begin(node.output[0])
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        del copy.input[:], copy.output[:]
+        copy.input.extend(self._float_input(name, nhwc) for name in node.input)
+        suffix = "/nhwc" if nhwc else ""
+        copy.output.extend(f"{name}{suffix}" if name else "" for name in node.output)
+        self.out.nodes.append(copy)
+        for name in filter(None, node.output):
+            self.floats[name] = {nhwc: f"{name}{suffix}"}
+            self.finish(name)
+
+    def _can_be_nhwc(self, node: onnx.NodeProto) -> bool:
+        if self.graph.rank(node.output[0]) != 4:
+            return False
+        variable = [n for n in node.input if n and n not in self.graph.arrays]
+        constants = [self.graph.arrays[n] for n in node.input if n in self.graph.arrays]
+        ranked = all(self.graph.rank(n) == 4 for n in variable)
+        fits = all(c.size == 1 or c.ndim == 4 for c in constants)
+        return ranked and fits and any(self.is_nhwc(n) for n in variable)
+
+    def _float_input(self, name: str, nhwc: bool) -> str:
+        array = self.graph.arrays.get(name)
+        if nhwc and array is not None and array.ndim == 4 and array.size > 1:
+            return self.derived(f"{name}/nhwc", np.ascontiguousarray(array.transpose(0, 2, 3, 1)))
+        return self.float_of(name, nhwc)
+
+    def finish(self, name: str) -> None:
+        """A float tensor was made: quantize it at once if that is all that happens to it."""
+        if sink := self.sink(name):
+            self.close(sink, lambda scale, zero: self.quantized(name, scale, zero), self.rank(name))
+
+    def rank(self, name: str) -> int | None:
+        """Number of dimensions of a tensor of the file."""
+        return self.graph.rank(name)
+
+    def quantized(self, name: str, scale: str, zero: int) -> tuple[str, bool]:
+        """U8 codes of a float tensor, in the layout it has."""
+        nhwc = self.is_nhwc(name)
+        ins = [self.float_of(name, nhwc), scale, self.const(zero, np.uint8)]
+        return self.emit("QuantizeLinear", ins), nhwc
+
+    def on_QuantizeLinear(self, node: onnx.NodeProto) -> bool:
+        name = node.input[0]
+        if name in self.graph.arrays or name in self.weights or not self.q_fits(node, name):
+            return False
+        self.close(
+            Sink((), node), lambda scale, zero: self.quantized(name, scale, zero), self.rank(name)
+        )
+        return True
+
+    def on_DequantizeLinear(self, node: onnx.NodeProto) -> bool:
+        arrays = self.graph.arrays
+        if len(node.input) != 3 or node.input[1] not in arrays or node.input[2] not in arrays:
+            return False
+        source, scale, zero = node.input[0], node.input[1], arrays[node.input[2]]
+        axis = attributes(node).get("axis", 1)
+        if source in self.quants:
+            q = self.quants[source]
+            zero_u8 = int(zero.reshape(-1)[0]) + q.shift
+            if arrays[scale].size != 1 or zero.size != 1 or not 0 <= zero_u8 <= 255:
+                return self._dequantize_s8(node, q)
+            self.quants[node.output[0]] = Quant(q.name, scale, zero_u8, q.shift, q.nhwc, q.rank)
+            return True
+        if source not in arrays or zero.any() or arrays[scale].ndim > 1:
+            return False
+        if arrays[source].dtype == np.int8:
+            self.weights[node.output[0]] = Weight(source, scale, axis % arrays[source].ndim)
+            return True
+        return self._constant_bias(node)
+
+    def _dequantize_s8(self, node: onnx.NodeProto, q: Quant) -> bool:
+        """A DQ whose parameters the U8 codes cannot express: give it the file's own S8 codes."""
+        codes = self.emit("Cast", [self.codes_of(node.input[0], False)], to=onnx.TensorProto.INT32)
+        moved = self.emit("Sub", [codes, self.const(q.shift, np.int32)])
+        s8 = self.emit("Cast", [moved], to=onnx.TensorProto.INT8)
+        self.quants.pop(node.input[0])
+        self.floats[node.input[0]] = {False: s8}
+        return False
+
+    def _constant_bias(self, node: onnx.NodeProto) -> bool:
+        """An INT32 bias behind a DQ becomes the float bias that it stands for."""
+        arrays = self.graph.arrays
+        codes, scale = arrays[node.input[0]], arrays[node.input[1]]
+        if codes.dtype != np.int32 or codes.ndim != 1:
+            return False
+        value = (codes.astype(np.float32) * scale).astype(np.float32)
+        self.floats[node.output[0]] = {False: self.derived(f"{node.input[0]}/float", value)}
+        return True
+
+    def on_Conv(self, node: onnx.NodeProto) -> bool:
+        w, bias = self.weights.get(node.input[1]), self._bias(node, 2)
+        attrs = attributes(node)
+        usable = attrs.get("auto_pad", b"NOTSET") == b"NOTSET" and self.rank(node.input[0]) == 4
+        if w is None or bias is None or not usable or not self._fits(node.input[0], w, 0):
+            return False
+        out = node.output[0]
+        sink, group = self.sink(out), attrs.get("group", 1)
+        codes = None if sink is None else self._bias_codes(node.input[0], w, bias)
+        if sink and codes is not None and not (group == 1 and self._is_small(out)):
+            self.begin(out)
+            self.close(sink, lambda s, z: self._qlinear_conv(node, w, codes, s, z), 4)
+        elif group == 1:
+            self._defer(out, lambda: self._conv_to_float(node, w, bias), sink)
+        else:
+            return False
+        return True
+
+    def _bias(self, node: onnx.NodeProto, position: int) -> NDArray[np.float32] | None:
+        """The float bias of a node, zeros where it has none; None where it is not constant."""
+        if len(node.input) <= position or not node.input[position]:
+            return np.zeros(1, np.float32)
+        value = self.constant(node.input[position])
+        fits = value is not None and value.dtype == np.float32 and value.ndim <= 1
+        return value if fits else None
+
+    def _fits(self, x: str, w: Weight, axis: int) -> bool:
+        """Whether fused kernels may multiply these: sane scales, channels on this axis."""
+        scale = self.graph.arrays[w.scale]
+        per = scale.ndim == 0 or scale.size == 1 or w.axis == axis
+        return per and self.sane(x) and sane_scale(scale)
+
+    def _is_small(self, name: str) -> bool:
+        pixels = self.graph.shapes.get(name, (None,) * 4)[2:]
+        return None not in pixels and math.prod(p or 0 for p in pixels) <= _SMALL_MAP
+
+    def _bias_codes(self, x: str, w: Weight, bias: NDArray[np.float32]) -> NDArray[np.int32] | None:
+        """The bias in units of the accumulator, s_x * s_w; None where INT32 cannot hold it."""
+        arrays = self.graph.arrays
+        unit = np.float64(arrays[self.quants[x].scale].reshape(-1)[0]) * self._scales(w)
+        codes = np.rint(bias.astype(np.float64) / unit)
+        fits = bool(np.all(np.abs(codes) <= _BIAS_LIMIT))  # False for NaN too
+        return codes.astype(np.int32) if fits else None
+
+    def _scales(self, w: Weight) -> NDArray[np.float32]:
+        """One scale for each output channel."""
+        scale, shape = self.graph.arrays[w.scale], self.graph.arrays[w.name].shape
+        return np.broadcast_to(scale.reshape(-1), (shape[w.axis],)).astype(np.float32)
+
+    def _weight_params(self, w: Weight) -> tuple[str, str]:
+        """Names of a weight's scales and zero points, one for each output channel."""
+        scales = self._scales(w)
+        zeros = self.derived(f"{w.name}/zeros", np.zeros(scales.size, np.int8))
+        return self.derived(f"{w.name}/scales", scales), zeros
+
+    def _qlinear_conv(
+        self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.int32], scale: str, zero: int
+    ) -> tuple[str, bool]:
+        scales, zeros = self._weight_params(w)
+        x = self.operand(node.input[0], True)
+        codes = self.derived(f"{node.output[0]}/bias", bias)
+        y = [scale, self.const(zero, np.uint8), codes]
+        attrs = {k: v for k, v in attributes(node).items() if k != "auto_pad"}
+        ins = [*x, w.name, scales, zeros, *y]
+        return self.emit("QLinearConv", ins, MS, channels_last=1, **attrs), True
+
+    def _defer(self, out: str, emit: Callable[[], None], sink: Sink | None) -> None:
+        """A layer with a float result is written where the result is used, not before."""
+        self.pending[out] = emit
+        if sink or self.graph.only_consumer(out) is None:
+            self.float_of(out, True)
+            self.finish(out)
+
+    def _conv_to_float(self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.float32]) -> None:
+        self.begin(node.output[0])
+        codes, *x = self.operand(node.input[0], True)
+        columns = self._im2col(codes, x[1], node)
+        flipped = self.emit("Transpose", [w.name], perm=[2, 3, 1, 0])
+        shape = self.graph.arrays[w.name].shape
+        size = self.const([-1, shape[0]], np.int64)
+        matrix = self.emit("Reshape", [flipped, size])
+        self.floats[node.output[0]] = {
+            True: self._product(columns, matrix, x, w, bias, node.output[0])
+        }
+
+    def _product(
+        self, a: str, b: str, x: list[str], w: Weight, bias: NDArray[np.float32], out: str
+    ) -> str:
+        scales, zeros = self._weight_params(w)
+        full = np.broadcast_to(bias, (self._scales(w).size,)).astype(np.float32)
+        ins = [a, b, x[0], scales, x[1], zeros, self.derived(f"{out}/bias", full)]
+        return self.emit("MatMulIntegerToFloat", ins, MS)
+
+    def _im2col(self, codes: str, zero: str, node: onnx.NodeProto) -> str:
+        """Patches as rows: [N, H', W', kh * kw * C], in the order of kh, kw, C."""
+        attrs = attributes(node)
+        kh, kw = self.graph.arrays[self.weights[node.input[1]].name].shape[2:]
+        pads = attrs.get("pads", [0] * 4)
+        strides, steps = attrs.get("strides", [1, 1]), attrs.get("dilations", [1, 1])
+        if kh == kw == 1 and strides == [1, 1] and not any(pads):
+            return codes
+        shape, out = self.graph.shapes[node.input[0]], self.graph.shapes.get(node.output[0], ())
+        known = all(shape[1:]) and len(out) == 4 and all(out[1:])
+        if known and (shape[1] or 0) >= _GATHER_CHANNELS:
+            window = (kh, kw, pads[:2], strides, steps)
+            return self._gather(codes, zero, shape[1:], out[2:], window)
+        return self._slices(codes, zero, (kh, kw), pads, strides, steps)
+
+    def _gather(self, codes: str, zero: str, shape: Any, out: Any, window: tuple[Any, ...]) -> str:
+        """Patches by one Gather of pixels; a pixel outside the image is one more, of zeros."""
+        channels, height, width = shape
+        kh, kw, pads, strides, steps = window
+        y = _taps(out[0], kh, strides[0], steps[0], pads[0])[:, None, :, None]
+        x = _taps(out[1], kw, strides[1], steps[1], pads[1])[None, :, None, :]
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        index = np.where(inside, y * width + x, height * width).astype(np.int32).reshape(-1)
+        key = "_".join(map(str, (*shape, *out, kh, kw, *pads, *strides, *steps)))
+        rows = self.emit("Reshape", [codes, self.const([-1, height * width, channels], np.int64)])
+        if not inside.all():
+            rows = self.emit("Pad", [rows, self.const([0, 0, 0, 0, 1, 0], np.int64), zero])
+        patches = self.emit("Gather", [rows, self.derived(f"pixels/{key}", index)], axis=1)
+        return self.emit("Reshape", [patches, self.const([-1, *out, kh * kw * channels], np.int64)])
+
+    def _slices(
+        self, codes: str, zero: str, kernel: Any, pads: Any, strides: Any, steps: Any
+    ) -> str:
+        """Patches by one Slice for each tap, joined along the channels."""
+        kh, kw = kernel
+        top, left, bottom, right = pads
+        if any(pads):
+            wide = self.const([0, top, left, 0, 0, bottom, right, 0], np.int64)
+            codes = self.emit("Pad", [codes, wide, zero])
+        taps = [(y * steps[0], x * steps[1]) for y in range(kh) for x in range(kw)]
+        last = ((kh - 1) * steps[0], (kw - 1) * steps[1])
+        slices = [self._tap(codes, tap, last, strides) for tap in taps]
+        return self.emit("Concat", slices, axis=3) if len(slices) > 1 else slices[0]
+
+    def _tap(
+        self, codes: str, tap: tuple[int, int], last: tuple[int, int], strides: list[int]
+    ) -> str:
+        """All pixels that one tap of the kernel sees."""
+        ends = [t - e if t < e else np.iinfo(np.int64).max for t, e in zip(tap, last, strict=True)]
+        parts = (tap, ends, (1, 2), strides)
+        return self.emit("Slice", [codes, *(self.const(list(p), np.int64) for p in parts)])
+
+    def on_MatMul(self, node: onnx.NodeProto) -> bool:
+        a, b = node.input
+        if b in self.weights and len(self.graph.arrays[self.weights[b].name].shape) == 2:
+            return self._dense(node, self.weights[b], np.zeros(1, np.float32), False)
+        if not (self.sane(a) and self.sane(b)):
+            return False
+        self.begin(node.output[0])
+        left, right = self.operand(a, False), self.operand(b, False)
+        ins = [left[0], right[0], left[1], right[1], left[2], right[2]]
+        self.floats[node.output[0]] = {False: self.emit("MatMulIntegerToFloat", ins, MS)}
+        self.finish(node.output[0])
+        return True
+
+    def on_Gemm(self, node: onnx.NodeProto) -> bool:
+        attrs, bias = attributes(node), self._bias(node, 2)
+        w = self.weights.get(node.input[1])
+        unit = attrs.get("alpha", 1.0) == 1.0 == attrs.get("beta", 1.0)
+        if w is None or bias is None or not unit or attrs.get("transA", 0):
+            return False
+        return self._dense(node, w, bias, bool(attrs.get("transB", 0)))
+
+    def _dense(
+        self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.float32], turned: bool
+    ) -> bool:
+        if not self._fits(node.input[0], w, 0 if turned else 1):
+            return False
+        out, added = node.output[0], self._added_bias(node, w)
+        if added is not None:
+            bias, out = added
+        self.begin(out)
+        codes, *x = self.operand(node.input[0], False)
+        matrix = self.emit("Transpose", [w.name], perm=[1, 0]) if turned else w.name
+        self.floats[out] = {False: self._product(codes, matrix, x, w, bias, out)}
+        self.finish(out)
+        return True
+
+    def _added_bias(
+        self, node: onnx.NodeProto, w: Weight
+    ) -> tuple[NDArray[np.float32], str] | None:
+        """The vector that an Add after a MatMul adds, and that Add's output."""
+        add = self.graph.only_consumer(node.output[0])
+        if node.op_type != "MatMul" or add is None or add.op_type != "Add":
+            return None
+        other = add.input[1] if add.input[0] == node.output[0] else add.input[0]
+        value = self.constant(other)
+        if value is None or value.dtype != np.float32 or value.shape != (self._scales(w).size,):
+            return None
+        self.done.add(id(add))
+        return value, add.output[0]
+
+    def on_Add(self, node: onnx.NodeProto) -> bool:
+        a, b = node.input
+        sink, shapes = self.sink(node.output[0]), self.graph.shapes
+        known = a in shapes and shapes.get(a) == shapes.get(b)
+        if sink is None or not known or not (self.sane(a) and self.sane(b)):
+            return False
+        nhwc = self.is_nhwc(a) or self.is_nhwc(b)
+
+        def produce(scale: str, zero: int) -> tuple[str, bool]:
+            ins = [
+                *self.operand(a, nhwc),
+                *self.operand(b, nhwc),
+                scale,
+                self.const(zero, np.uint8),
+            ]
+            return self.emit("QLinearAdd", ins, MS), nhwc
+
+        self.close(sink, produce, self.rank(a))
+        return True
+
+    def on_GlobalAveragePool(self, node: onnx.NodeProto) -> bool:
+        x, out = node.input[0], node.output[0]
+        sink = self.sink(out)
+        if not self.is_nhwc(x) or self.rank(x) != 4:
+            return False
+        if sink and self.sane(x):
+            self.close(sink, lambda s, z: self._mean(x, s, z), 4)
+            return True
+        source = self.float_of(x, True)
+        if self.graph.opset >= 18:
+            axes = self.const([1, 2], np.int64)
+            mean = self.emit("ReduceMean", [source, axes], keepdims=1)
+        else:
+            mean = self.emit("ReduceMean", [source], axes=[1, 2], keepdims=1)
+        self.floats[out] = {True: mean}
+        self.finish(out)
+        return True
+
+    def _mean(self, x: str, scale: str, zero: int) -> tuple[str, bool]:
+        ins = [*self.operand(x, True), scale, self.const(zero, np.uint8)]
+        return self.emit("QLinearGlobalAveragePool", ins, MS, channels_last=1), True
+
+    def on_Relu(self, node: onnx.NodeProto) -> bool:
+        x, sink = node.input[0], self.sink(node.output[0])
+        if sink is None or not self.sane(x):
+            return False
+
+        def produce(scale: str, zero: int) -> tuple[str, bool]:
+            ins = [*self.operand(x, self.is_nhwc(x)), scale, self.const(zero, np.uint8)]
+            return self.emit("QLinearLeakyRelu", ins, MS, alpha=0.0), self.is_nhwc(x)
+
+        self.close(Sink((node, *sink.between), sink.q), produce, self.rank(x))
+        return True
+
+    def on_MaxPool(self, node: onnx.NodeProto) -> bool:
+        return self._on_codes(node) or self._flattened(node)
+
+    on_Flatten = on_Reshape = on_Transpose = on_Identity = on_Squeeze = on_Unsqueeze = on_MaxPool
+
+    def _on_codes(self, node: onnx.NodeProto) -> bool:
+        """A pool or a move between a DQ and a Q of the same scale and zero point."""
+        x, arrays = node.input[0], self.graph.arrays
+        sink = self.sink(node.output[0])
+        q = self.quants.get(x)
+        if q is None or sink is None or not self._passes(node, x):
+            return False
+        zero = int(arrays[sink.q.input[2]].reshape(-1)[0])
+        same = arrays[q.scale].tobytes() == arrays[sink.q.input[1]].tobytes()
+        if not same or zero + q.shift != q.zero:
+            return False
+        self.close(
+            Sink((node, *sink.between), sink.q), lambda s, z: (q.name, q.nhwc), q.rank, q.shift
+        )
+        return True
+
+    def _flattened(self, node: onnx.NodeProto) -> bool:
+        """A Flatten of one pixel needs no change of layout."""
+        x, out = node.input[0], node.output[0]
+        if node.op_type not in MOVES or not self.is_nhwc(x) or not self.is_vector(node):
+            return False
+        self.floats[out] = {False: self.emit("Flatten", [self.float_of(x, True)])}
+        self.finish(out)
+        return True
+
+
+def _taps(count: int, kernel: int, stride: int, step: int, pad: int) -> NDArray[np.int64]:
+    """Along one axis: where each tap of the kernel looks, [count, kernel]."""
+    place = np.arange(count)[:, None] * stride + np.arange(kernel)[None, :] * step - pad
+    return place.astype(np.int64)
