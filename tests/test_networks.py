@@ -59,9 +59,8 @@ def test_networks_have_the_shape_and_size_of_their_kind(
 )
 def test_small_images_keep_some_size_to_the_end(arch: str, side: int, deepest: int) -> None:
     network = build(arch, input_shape=(3, side, side), classes=4, args={}).eval()
-    sizes = []
-    last = network.layer4 if arch == "resnet18" else network.features[-1]
-    assert isinstance(last, nn.Module)
+    sizes: list[torch.Size] = []
+    last = network.get_submodule("layer4" if arch == "resnet18" else "features")
     last.register_forward_hook(lambda _m, _i, out: sizes.append(out.shape))
     with torch.no_grad():
         network(torch.zeros(1, 3, side, side))

@@ -5,6 +5,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,12 +16,21 @@ from resq_deploy.errors import ModelError
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 IMAGENET = "imagenet"
+PLAIN, STAGE_1, STAGE_2 = "plain", "stage I", "stage II"
 
 
-def start_from(
-    init: str, arch: str, network: nn.Module, statistics: Statistics
-) -> tuple[Statistics, bool]:
-    """Put weights into a network. Returns (preprocessing, whether it needs no plain training).
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where training starts: the preprocessing, and the phases that the weights went through
+    before.
+    """
+
+    statistics: Statistics
+    phases: tuple[str, ...] = ()
+
+
+def start_from(init: str, arch: str, network: nn.Module, statistics: Statistics) -> Start:
+    """Put weights into a network.
 
     `init`: `imagenet` (layers that fit: stem and classifier of a small-image network are new), or
     a file. Raises
@@ -28,7 +38,7 @@ def start_from(
     """
     if init == IMAGENET:
         _take_fitting(network, _imagenet(arch))
-        return statistics, False
+        return Start(statistics)
     body = load_safely(Path(init))
     if is_checkpoint(body):
         checkpoint = Checkpoint.parse(body, init)
@@ -38,11 +48,12 @@ def start_from(
                 f"harden {checkpoint.arch}, or start from another file",
             )
         load_weights(network, checkpoint.state_dict, arch)
-        return (checkpoint.mean, checkpoint.std), True
+        before = tuple(map(str, checkpoint.trained.get("phases", ())))
+        return Start((checkpoint.mean, checkpoint.std), before or (PLAIN,))
     if not isinstance(body, Mapping) or not all(isinstance(v, Tensor) for v in body.values()):
         raise ModelError(f"{init} is neither a checkpoint nor a state_dict", "give one of the two")
     load_weights(network, body, arch)
-    return statistics, True
+    return Start(statistics, (PLAIN,))
 
 
 def _imagenet(arch: str) -> Mapping[str, Tensor]:

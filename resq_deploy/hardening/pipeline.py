@@ -20,7 +20,7 @@ from resq_deploy.data import Dataset
 from resq_deploy.errors import DataError, ModelError
 from resq_deploy.hardening import evaluate
 from resq_deploy.hardening.distributed import World, world
-from resq_deploy.hardening.initial import start_from
+from resq_deploy.hardening.initial import PLAIN, STAGE_1, STAGE_2, Start, start_from
 from resq_deploy.hardening.logs import Log, scalars
 from resq_deploy.hardening.model import Pixels
 from resq_deploy.hardening.objectives import AttackObjective, FaultObjective, Objective, Plain
@@ -127,12 +127,11 @@ class _Hardening:
             args=asked.arch_args,
         )
         statistics = channel_statistics(self.train, asked.seed)
-        self.trained_before = False
+        start = Start(statistics)
         if asked.init is not None:
-            statistics, self.trained_before = start_from(
-                asked.init, asked.arch, network, statistics
-            )
-        self.mean, self.std = statistics
+            start = start_from(asked.init, asked.arch, network, statistics)
+        self.before = start.phases
+        self.mean, self.std = start.statistics
         self.model = Pixels(network, self.mean, self.std).to(here.device)
         self.digest = train.digest()
 
@@ -141,43 +140,36 @@ class _Hardening:
         state = self._saved(output) if resume else None
         first = int(state["phase"]) if state else 0
         phases = self._phases()
-        checkpoint: Checkpoint | None = None
         for index in range(first, len(phases)):
             label, phase, make = phases[index]
             objective = make()
-            trainer = Trainer(
-                self.model,
-                self.asked.recipe,
-                self.world,
-                self.reporter,
-                self.log,
-                self._saver(output, index),
-            )
             job = self._job(label, index, phase, objective)
-            trainer.train(job, state["run"] if state and index == first else None)
+            self._trainer(self._saver(output, index)).train(
+                job, state["run"] if state and index == first else None
+            )
             objective.close()
             checkpoint = self._checkpoint([p[0] for p in phases[: index + 1]])
-            self._write(checkpoint, output)
-        if checkpoint is None:
-            checkpoint = self._checkpoint([])
             self._write(checkpoint, output)
         if output is not None and self.world.leads:
             state_path(output).unlink(missing_ok=True)
         return checkpoint
 
+    def _trainer(self, save: Callable[[dict[str, Any]], None]) -> Trainer:
+        return Trainer(self.model, self.asked.recipe, self.world, self.reporter, self.log, save)
+
     def _phases(self) -> list[tuple[str, Phase, Callable[[], Objective]]]:
         recipe, stages = self.asked.recipe, self.asked.stages
         found: list[tuple[str, Phase, Callable[[], Objective]]] = []
-        if not self.trained_before or stages == "none":
-            found.append(("plain", recipe.plain, lambda: Plain(self.model)))
+        if not self.before or stages == "none":
+            found.append((PLAIN, recipe.plain, lambda: Plain(self.model)))
         if stages in ("1", "1+2"):
             attack = recipe.attack
-            found.append(("stage I", attack.phase, lambda: AttackObjective(self.model, attack)))
+            found.append((STAGE_1, attack.phase, lambda: AttackObjective(self.model, attack)))
         if stages in ("2", "1+2"):
-            keep = stages == "1+2"
+            keep = stages == "1+2" or STAGE_1 in self.before
             found.append(
                 (
-                    "stage II",
+                    STAGE_2,
                     recipe.fault.phase,
                     lambda: FaultObjective(self.model, recipe.fault, recipe.attack, keep),
                 )
@@ -185,7 +177,7 @@ class _Hardening:
         return found
 
     def _job(self, label: str, number: int, phase: Phase, objective: Objective) -> Job:
-        reliability = self.asked.recipe.fault.reliability if label == "stage II" else 0.0
+        reliability = self.asked.recipe.fault.reliability if label == STAGE_2 else 0.0
         return Job(
             name=label,
             number=number,
@@ -203,11 +195,11 @@ class _Hardening:
         images, labels = self._tensors(sample)
         figures = {"clean": evaluate.accuracy(model, images, labels)}
         attack, fault, seed = self.asked.recipe.attack, self.asked.recipe.fault, self.asked.seed
-        if label != "plain" and "1" in self.asked.stages:
+        if STAGE_1 in self.before or (label != PLAIN and "1" in self.asked.stages):
             figures["robust"] = evaluate.robust_accuracy(
                 model, images, labels, attack.eps, _PGD_STEPS, seed
             )
-        if label == "stage II":
+        if label == STAGE_2:
             figures["faulty"] = evaluate.faulty_accuracy(
                 model, images, labels, fault.ber, _TRIALS, seed
             )
@@ -219,7 +211,7 @@ class _Hardening:
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
     def _checkpoint(self, phases: list[str]) -> Checkpoint:
-        metrics = self._score(self.model, self.test, "plain" if not phases else phases[-1])
+        metrics = self._score(self.model, self.test, phases[-1])
         metrics.pop("joint")
         sample = self.test
         right = [
@@ -234,7 +226,7 @@ class _Hardening:
         metrics["clean"] = sum(right) / len(sample)
         trained = {
             **self.asked.identity(),
-            "phases": phases,
+            "phases": [*self.before, *phases],
             "data_digest": self.digest,
             "examples": len(self.train),
         }
@@ -254,7 +246,7 @@ class _Hardening:
     def _write(self, checkpoint: Checkpoint, output: Path | None) -> None:
         said = ", ".join(f"{k} {v:.2%}" for k, v in checkpoint.metrics.items())
         phases = checkpoint.trained["phases"]
-        self.reporter.log(f"after {phases[-1] if phases else 'no training'}: {said}")
+        self.reporter.log(f"after {phases[-1]}: {said}")
         if output is not None and self.world.leads:
             checkpoint.save(output)
 

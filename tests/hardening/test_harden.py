@@ -195,11 +195,15 @@ def test_patience_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_it_starts_from_a_checkpoint_and_skips_plain_training(tmp_path: Path) -> None:
     plain = harden(tmp_path, "plain.pt", stages="none")
     hard = harden(tmp_path, init=str(tmp_path / "plain.pt"), stages="1")
-    assert hard.trained["phases"] == ["stage I"]
+    assert hard.trained["phases"] == ["plain", "stage I"]
+    hard.save(tmp_path / "I.pt")
+    both = harden(tmp_path, init=str(tmp_path / "I.pt"), stages="2")
+    assert both.trained["phases"] == ["plain", "stage I", "stage II"]
+    assert set(both.metrics) == {"clean", "robust", "faulty"}
     assert hard.mean == plain.mean
     torch.save(dict(plain.state_dict), tmp_path / "weights.pt")
     bare = harden(tmp_path, init=str(tmp_path / "weights.pt"), stages="2")
-    assert bare.trained["phases"] == ["stage II"]
+    assert bare.trained["phases"] == ["plain", "stage II"]
 
 
 def wrong_arch(tmp_path: Path) -> str:
@@ -245,8 +249,8 @@ def test_imagenet_weights_fill_the_layers_that_fit(monkeypatch: pytest.MonkeyPat
     full = models.resnet18(num_classes=1000).state_dict()
     monkeypatch.setattr(initial, "_imagenet", lambda _arch: full)
     network = networks.build("resnet18", input_shape=(1, 32, 32), classes=10, args={})
-    _, trained = initial.start_from("imagenet", "resnet18", network, ((0.0,), (1.0,)))
-    assert not trained
+    start = initial.start_from("imagenet", "resnet18", network, ((0.0,), (1.0,)))
+    assert start.phases == ()
     own = network.state_dict()
     assert torch.equal(own["layer3.0.conv1.weight"], full["layer3.0.conv1.weight"])
     assert own["conv1.weight"].shape == (64, 1, 3, 3)
