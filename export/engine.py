@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resq_deploy.console import Reporter, Task
+from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError
+from resq_deploy.export.engine_progress import progress
+from resq_deploy.manifest import Engine
+from resq_deploy.memory import fault_space
+from resq_deploy.runtime.plan import PlanMap, locate
 from resq_deploy.runtime.trtlib import TITLES, Log, library, no_gpu, plain, refusal
 
 Batch = tuple[int, int, int]
@@ -91,6 +94,43 @@ def build_engine(
     )  # fmt: skip
 
 
+def add_engine(
+    folder: str | os.PathLike[str],
+    onnx_path: str | os.PathLike[str],
+    *,
+    backend: str = "tensorrt-rtx",
+    name: str | None = None,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> tuple[str, Engine]:
+    """Build a plan and its weight map into a bundle: engines/NAME.plan and engines/NAME.weights.json.
+
+    `name`: default, the backend's. `options` and errors are those of `build_engine`. Returns the name and the
+    manifest's entry. Weights that were not located are named in a warning: no fault reaches them in this plan.
+    """
+    say = reporter or Reporter()
+    engines = Path(folder) / "engines"
+    engines.mkdir(parents=True, exist_ok=True)
+    chosen = name or backend
+    path = engines / f"{chosen}.plan"
+    info = build_engine(onnx_path, path, backend=backend, reporter=say, **options)
+    found = map_engine(path, onnx_path)
+    found.save(engines / f"{chosen}.weights.json")
+    say.log(
+        f"{path.name}: {info.size / 2**20:.1f} MiB, {found.coverage:.2%} of the weights located"
+    )
+    for tensor, lost in found.unlocated.items():
+        say.warn(f"{path.name}: {tensor} was not located, {lost.reason}; no fault reaches it there")
+    entry = {"backend": backend, "version": info.version, "built_for": info.built_for}
+    return chosen, Engine.model_validate({**entry, "coverage": found.coverage})
+
+
+def map_engine(plan: str | os.PathLike[str], onnx_path: str | os.PathLike[str]) -> PlanMap:
+    """The map of the INT8 weights of an ONNX file in a plan that was built from it."""
+    weights = {m.name: m.value for m in fault_space(onnx_path).memories if m.kind == "weights"}
+    return locate(Path(plan).read_bytes(), weights)
+
+
 class _Builder:
     """One build: network, configuration, plan. The library's objects live as long as this."""
 
@@ -108,7 +148,7 @@ class _Builder:
         config = self.builder.create_builder_config()
         self._configure(config)
         self._profile(network, config)
-        with _progress(self.trt, config, self.reporter) as monitor:
+        with progress(self.trt, config, self.reporter) as monitor:
             plan = self.builder.build_serialized_network(network, config)
         if monitor.cancelled:
             raise KeyboardInterrupt
@@ -259,64 +299,6 @@ def _compute_capabilities(module: Any, options: _Options) -> tuple[str, ...]:
             )
         names.append(f"SM{digits}")
     return tuple(dict.fromkeys(names))
-
-
-class _Monitor:
-    """What the library's progress calls turn into: its outermost phase is the bar, the phase in hand its note."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter, self.stack = reporter, ExitStack()
-        self.phase, self.left, self.cancelled = "", 0, False
-        self.task: Task | None = None
-
-    def start(self, phase: str, steps: int) -> None:
-        if self.task is None:
-            self.phase, self.left = phase, steps
-            self.task = self.stack.enter_context(self.reporter.task(phase, steps, "steps"))
-        else:
-            self.task.note(phase)
-
-    def step(self, phase: str) -> bool:
-        if phase == self.phase:
-            self.advance(1)
-        return not self.cancelled
-
-    def finish(self, phase: str) -> None:
-        if phase == self.phase:
-            self.advance(self.left)
-
-    def advance(self, steps: int) -> None:
-        if self.task is not None and steps:
-            self.left -= steps
-            self.task.advance(steps)
-
-
-@contextmanager
-def _progress(module: Any, config: Any, reporter: Reporter) -> Iterator[_Monitor]:
-    """Progress of one build. Ctrl-C must not cross the library's frames: it asks it to stop instead."""
-    monitor = _Monitor(reporter)
-
-    class Progress(module.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            monitor.start(phase, steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            try:
-                return monitor.step(phase)
-            except KeyboardInterrupt:
-                monitor.cancelled = True
-                return False
-
-        def phase_finish(self, phase: str) -> None:
-            monitor.finish(phase)
-
-    held = Progress()
-    config.progress_monitor = held
-    with monitor.stack:
-        yield monitor
 
 
 def _this_gpu() -> dict[str, Any]:

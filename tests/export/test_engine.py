@@ -1,0 +1,365 @@
+"""Plans that TensorRT-RTX really builds, the weights found in them, and every refusal. No GPU is needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from resq_deploy.console import Reporter
+from resq_deploy.errors import BackendError, MissingExtra
+from resq_deploy.export import engine
+from resq_deploy.export.engine import add_engine, build_engine
+from resq_deploy.memory import fault_space
+from resq_deploy.runtime.plan import PlanMap, locate
+from tests.runtime.plans import Int8, QdqGraph, conv_file, weight
+
+SM = ("86",)
+
+
+def located(path: Path, tensors: dict[str, Int8], **options: Any) -> tuple[bytes, PlanMap]:
+    """A plan of an ONNX file, and its map after reading every located weight back."""
+    out = path.with_suffix(".plan")
+    build_engine(path, out, sm=SM, **options)
+    plan = out.read_bytes()
+    found = locate(plan, tensors)
+    for name, value in tensors.items():
+        there, mask = found.read(plan, name)
+        assert np.array_equal(there[mask], value[mask])
+    return plan, found
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "layout"),
+    [
+        ((32, 16, 3, 3), 1, "acdb"),
+        ((32, 3, 3, 3), 1, "acdB4b"),
+        ((32, 3, 7, 7), 1, "acdB4b"),
+        ((24, 6, 1, 1), 1, "acdB4b"),
+        ((32, 1, 3, 3), 32, "acdB4b"),
+        ((48, 1, 5, 5), 48, "acdB4b"),
+        ((32, 4, 3, 3), 8, "acdb"),
+        ((10, 20, 3, 3), 1, "acdb"),
+    ],
+)
+def test_convolutions_are_krsc_with_channels_filled_up_to_4(
+    tmp_path: Path, shape: tuple[int, ...], group: int, layout: str
+) -> None:
+    codes = weight(*shape)
+    _, found = located(conv_file(tmp_path / "m.onnx", codes, group), {"w": codes})
+    assert found.coverage == 1.0
+    assert found.tensors["w"].layout == layout
+
+
+def test_gemms_that_share_an_input_are_merged_and_still_found(tmp_path: Path) -> None:
+    graph = QdqGraph(49, 96)
+    source = graph.quantized("input")
+    tensors = {f"w{i}": weight(96, n, seed=i) for i, n in enumerate((96, 96, 48))}
+    outputs = [
+        graph.node("MatMul", source, graph.weight(name, codes, axis=1))
+        for name, codes in tensors.items()
+    ]
+    onnx.save(graph.model(*outputs), tmp_path / "m.onnx")
+    _, found = located(tmp_path / "m.onnx", tensors)
+    assert found.coverage == 1.0
+    assert {p.pitch for p in found.tensors.values()} == {240}
+
+
+def test_equal_weights_are_kept_once(tmp_path: Path) -> None:
+    graph, codes = QdqGraph(32, 8, 8), weight(32, 32, 3, 3)
+    first = graph.conv("input", "a", codes)
+    onnx.save(graph.model(graph.conv(first, "b", codes.copy(), stride=2)), tmp_path / "m.onnx")
+    _, found = located(tmp_path / "m.onnx", {"a": codes, "b": codes})
+    assert found.shared == (("a", "b"),)
+
+
+def test_a_fault_list_lands_in_the_plan(tmp_path: Path) -> None:
+    path = conv_file(tmp_path / "m.onnx", weight(32, 3, 3, 3))
+    space = fault_space(path)
+    plan, found = located(path, {"w": weight(32, 3, 3, 3)})
+    weights = space.select(kinds=["weights"])
+    flips = weights.flips(np.arange(0, weights.size, 37))
+    changed = bytearray(plan)
+    assert found.apply(changed, flips) == flips.count
+    value, _ = found.read(changed, "w")
+    golden = weights.by_name["w"].value
+    difference = (value ^ golden).view(np.uint8).reshape(-1)
+    assert np.array_equal(np.flatnonzero(difference), flips["w"].elements)
+    assert np.array_equal(difference[flips["w"].elements], flips["w"].masks)
+
+
+def test_two_builds_with_a_fixed_batch_are_byte_identical(tmp_path: Path) -> None:
+    """With a free batch, names of the compiler's temporaries and their order may differ; weights do not."""
+    path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, path)
+    infos = [build_engine(path, tmp_path / f"{i}.plan", sm=SM) for i in (0, 1)]
+    assert infos[0].path.read_bytes() == infos[1].path.read_bytes()
+    assert infos[0].built_for["batch"] == [4, 4, 4]
+
+
+def test_what_it_was_built_for(tmp_path: Path) -> None:
+    path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))
+    info = build_engine(
+        path, tmp_path / "m.plan", sm=["8.6", 89, "sm_120", "SM86"], batch=(2, 4, 16),
+        optimization_level=2, workspace=2**28,
+    )  # fmt: skip
+    assert info.backend == "tensorrt-rtx"
+    assert info.size == (tmp_path / "m.plan").stat().st_size
+    assert info.built_for["sm"] == ["SM86", "SM89", "SM120"]
+    assert info.built_for["batch"] == [2, 4, 16]
+    assert info.built_for["optimization_level"] == 2
+    assert info.built_for["workspace"] == 2**28
+    assert info.version.split(".")[0].isdecimal()
+
+
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))
+    build_engine(path, tmp_path / "m.plan", sm=SM, reporter=Reporter(quiet=False, stream=stream))
+    assert "Building engine: 6/6 steps" in stream.getvalue()
+
+
+def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
+    class Impatient(Reporter):
+        def task(self, title: str, total: float | None, unit: str = "") -> Any:
+            from contextlib import nullcontext
+
+            from resq_deploy.console import Task
+
+            def advance(_: float) -> None:
+                raise KeyboardInterrupt
+
+            return nullcontext(Task(advance, lambda _: None))
+
+    path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(path, tmp_path / "m.plan", sm=SM, reporter=Impatient())
+    assert not (tmp_path / "m.plan").exists()
+
+
+def single(tmp_path: Path, op: str, domain: str = "") -> Path:
+    graph = QdqGraph(3, 8, 8)
+    model = graph.model(graph.node(op, "input", domain=domain))
+    if domain:
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    onnx.save(model, tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+def int32_bias(tmp_path: Path) -> Path:
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    model = onnx.load(path)
+    bias = next(t for t in model.graph.initializer if t.name == "w.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.zeros(8, np.int32), "w.bias"))
+    conv = next(n for n in model.graph.node if n.op_type == "Conv")
+    at = list(model.graph.node).index(conv)
+    dequantize = onnx.helper.make_node(
+        "DequantizeLinear", ["w.bias", "s"], ["bias"], name="bias_dq"
+    )
+    model.graph.node.insert(at, dequantize)
+    model.graph.node[at + 1].input[2] = "bias"
+    onnx.save(model, path)
+    return path
+
+
+def garbage(tmp_path: Path) -> Path:
+    (tmp_path / "m.onnx").write_bytes(b"not ONNX" * 50)
+    return tmp_path / "m.onnx"
+
+
+def free_side(tmp_path: Path) -> Path:
+    path = single(tmp_path, "Relu")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "side"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: single(p, "Det"), r"^TensorRT-RTX has no operator Det \(node Det_0\)"),
+        (lambda p: single(p, "Foo", "com.acme"), r"no operator Foo \(node Foo_0\)"),
+        (int32_bias, r"refuses node bias_dq \(DequantizeLinear\): .*type Int32"),
+        (garbage, r"cannot read m\.onnx: .*Failed to parse"),
+        (free_side, r"only the batch may vary"),
+        (lambda p: p / "none.onnx", r"none\.onnx does not exist"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(
+    tmp_path: Path, make: Callable[[Path], Path], said: str
+) -> None:
+    with pytest.raises(BackendError, match=said) as caught:
+        build_engine(make(tmp_path), tmp_path / "m.plan", sm=SM)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+    assert not (tmp_path / "m.plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sm": ["90"]}, r"does not know SM 90 \(it knows 75, 80, 86, 89"),
+        ({"sm": ["banana"]}, "does not know SM banana"),
+        ({"backend": "openvino"}, r"unknown engine 'openvino' \(one of: tensorrt, tensorrt-rtx"),
+        ({"backend": "tensorrt", "sm": ["86"]}, "--sm is for TensorRT-RTX"),
+        ({"batch": (4, 2, 8)}, "a batch of 4:2:8"),
+        ({"batch": (0, 2, 8)}, "a batch of 0:2:8"),
+        ({"optimization_level": 9}, "optimization level 9"),
+        ({"workspace": 0}, "a workspace of 0 bytes"),
+        ({"version_compatible": True}, "TensorRT-RTX has no version compatible"),
+        ({"hardware_compatible": True}, "TensorRT-RTX has no hardware compatible"),
+        ({"timing_cache": "cache"}, "TensorRT-RTX has no timing cache"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    with pytest.raises(BackendError, match=said):
+        build_engine(path, tmp_path / "m.plan", **options)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    with pytest.raises(BackendError, match="cannot write"):
+        build_engine(path, tmp_path / "none" / "m.plan", sm=SM)
+
+
+def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingExtra, match=r"TensorRT is not installed .*resq-deploy\[tensorrt\]"):
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.plan", backend="tensorrt")
+
+
+def test_classic_tensorrt_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Builder is a null pointer then, which pybind11 turns into a TypeError."""
+    import tensorrt_rtx
+
+    class Null:
+        def __init__(self, *_: object) -> None:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    fake = FakeModule(tensorrt_rtx, Builder=Null)
+    monkeypatch.setattr(engine, "library", lambda backend: fake)
+    with pytest.raises(
+        BackendError, match="needs an NVIDIA GPU with its driver to build"
+    ) as caught:
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.plan", backend="tensorrt")
+    assert "--target tensorrt-rtx" in caught.value.hint
+
+
+class FakeModule:
+    """A module with some of its names replaced."""
+
+    def __init__(self, real: Any, **replaced: Any) -> None:
+        self._real = real
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_the_code_path_of_classic_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same builder code under the name of TensorRT, on TensorRT-RTX's library."""
+    import tensorrt_rtx
+
+    monkeypatch.setattr(engine, "library", lambda backend: tensorrt_rtx)
+    monkeypatch.setattr(engine, "_this_gpu", lambda: {"gpu": "test", "compute_capability": "8.7"})
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    info = build_engine(path, tmp_path / "m.plan", backend="tensorrt", hardware_compatible=True)
+    assert info.built_for["gpu"] == "test"
+    assert info.built_for["hardware_compatible"] is True
+    assert "sm" not in info.built_for
+    assert info.warnings == ("setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX",)
+
+
+def test_a_timing_cache_is_read_and_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorrt_rtx
+
+    monkeypatch.setattr(engine, "library", lambda backend: tensorrt_rtx)
+    monkeypatch.setattr(engine, "_this_gpu", dict)
+    path, cache = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3)), tmp_path / "timing.cache"
+    for _ in range(2):
+        with pytest.warns(DeprecationWarning, match="[Tt]iming"):  # TensorRT-RTX keeps none
+            build_engine(path, tmp_path / "m.plan", backend="tensorrt", timing_cache=cache)
+        assert cache.stat().st_size > 0
+
+
+def test_a_bundle_gets_plan_and_map(tmp_path: Path) -> None:
+    path, stream = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3)), io.StringIO()
+    reporter = Reporter(quiet=False, stream=stream)
+    name, entry = add_engine(tmp_path, path, sm=SM, batch=(1, 2, 4), reporter=reporter)
+    plan = (tmp_path / "engines" / f"{name}.plan").read_bytes()
+    found = PlanMap.load(tmp_path / "engines" / f"{name}.weights.json")
+    found.check(plan)
+    assert name == entry.backend == "tensorrt-rtx"
+    assert entry.coverage == found.coverage == 1.0
+    assert entry.built_for["batch"] == [1, 2, 4]
+    assert "100.00% of the weights located" in stream.getvalue()
+
+
+def test_a_weight_that_is_not_located_is_named(tmp_path: Path) -> None:
+    path, stream = conv_file(tmp_path / "m.onnx", np.ones((8, 4, 3, 3), np.int8)), io.StringIO()
+    reporter = Reporter(quiet=False, stream=stream)
+    _, entry = add_engine(tmp_path, path, name="odd", sm=SM, reporter=reporter)
+    assert entry.coverage == 0.0
+    assert "odd.plan: w was not located, too few different bytes" in stream.getvalue()
+
+
+@dataclass
+class Scale:
+    scale: float
+
+
+def int8_network(arch: str, path: Path) -> Path:
+    """A network of the exporter's own, with random weights, as INT8 ONNX."""
+    import torch
+
+    from resq_deploy import networks
+    from resq_deploy.export import graph, qdq, rules
+
+    torch.manual_seed(0)
+    network = networks.build(arch, input_shape=(3, 32, 32), classes=10, args={}).eval()
+    whole = graph.Preprocessed(network, [0.5] * 3, [0.25] * 3).eval()
+    fp32 = graph.to_onnx(whole, (3, 32, 32), name=arch)
+    plan = rules.plan(fp32)
+    onnx.save(
+        qdq.quantize_graph(fp32, dict.fromkeys(plan.activations, Scale(0.05)), where=plan), path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "least"),
+    [
+        ("resnet8", 0.999),
+        ("resnet18", 0.999),
+        pytest.param("vgg16", 0.999, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 0.99, marks=pytest.mark.slow),
+        pytest.param("swin_t", 0.999, marks=pytest.mark.slow),
+    ],
+)
+def test_the_weights_of_whole_networks_are_located(tmp_path: Path, arch: str, least: float) -> None:
+    path = int8_network(arch, tmp_path / "m.onnx")
+    space = fault_space(path).select(kinds=["weights"])
+    plan, found = located(path, {m.name: np.asarray(m.value) for m in space.memories})
+    assert found.coverage >= least
+    draws = np.random.default_rng(0).choice(space.size, 2000, replace=False)
+    flips = space.flips(np.sort(draws))
+    changed = bytearray(plan)
+    assert found.apply(changed, flips) == flips.count - found.unreachable(flips)
+    difference = np.frombuffer(changed, np.uint8) ^ np.frombuffer(plan, np.uint8)
+    assert int(np.bitwise_count(difference).sum()) == flips.count - found.unreachable(flips)
+    found.apply(changed, flips)
+    assert changed == plan
