@@ -113,7 +113,7 @@ def run(
 def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> Any:
     example = torch.linspace(0, 1, 2 * int(np.prod(shape))).reshape(2, *shape)
     batch = torch.export.Dim("batch", min=1, max=2**20)
-    with _quiet():
+    with quiet():
         try:
             program = torch.onnx.export(
                 module,
@@ -140,7 +140,7 @@ def _simplified(program: Any) -> onnx.ModelProto:
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
 
-    with _quiet():
+    with quiet():
         model: onnx.ModelProto = ir.serde.serialize_model(program.model)
         for _ in range(_ROUNDS):
             fold.fold_constants(model)
@@ -197,8 +197,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's warnings and logs are not for our users; what fails raises."""
+def quiet() -> Iterator[None]:
+    """torch's warnings and logs are not for our users; what fails raises."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

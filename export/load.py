@@ -9,33 +9,24 @@ pickle        a pickled module: loading it runs its author's code, so only if it
 
 from __future__ import annotations
 
-import io
-import logging
-import pickle
-import pickletools
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-from warnings import catch_warnings, simplefilter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resq_deploy import networks
 from resq_deploy.bundle import sha256_of
-from resq_deploy.checkpoint import Checkpoint, is_checkpoint, load_weights
+from resq_deploy.checkpoint import Checkpoint, load_weights
 from resq_deploy.errors import ModelError
-from resq_deploy.export.graph import Preprocessed
+from resq_deploy.export import formats
+from resq_deploy.export.formats import Form
+from resq_deploy.export.graph import Preprocessed, quiet
 
-Form = Literal["checkpoint", "state dict", "TorchScript", "exported", "pickle"]
 Shape = tuple[int, int, int]
-
-_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every key
-_NESTS = ("state_dict", "model_state_dict", "model", "net")
-_HARMLESS = ("torch", "collections", "numpy", "_codecs")  # modules that plain checkpoints name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +51,7 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
@@ -69,33 +60,38 @@ def load_model(
     std: Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
     trust_pickle: bool = False,
+    default_shape: Callable[[], Shape] | None = None,
 ) -> LoadedModel:
     """Read a model file in any form. What is given wins over what the file says.
 
     `arch`, `arch_args`: needed for a state dict (see networks.build). `input_shape` (C, H, W): needed
-    unless the file is a checkpoint. `mean`, `std`: preprocessing per channel, or one number for all;
-    default: the file's, else none. `classes`: names; default: the file's, else as many as there are logits.
+    unless the file is a checkpoint or `default_shape` knows one. `mean`, `std`: preprocessing per
+    channel, or one number for all; default: the file's, else none. `classes`: names; default: the
+    file's, else as many as there are logits.
     Raises ModelError for a file that is missing, damaged or no model, for a pickled module that is not
     trusted, for weights of another architecture, and for an input shape that the network refuses.
     """
     file = Path(path)
-    form, content = _read(file, trust_pickle)
+    form, content = formats.read(file, trust_pickle)
     if isinstance(content, Checkpoint):
         return _of_checkpoint(file, content, input_shape, mean, std, classes)
-    if input_shape is None:
+    if input_shape is None and default_shape is None:
         raise ModelError(
             f"{file} does not say what images it takes", "give --input-shape, for example 3x32x32"
         )
+    shape = input_shape or (default_shape() if default_shape else (0, 0, 0))
+    network: nn.Module = content
     if form == "state dict":
-        network = _fill(file, content, arch, arch_args or {}, input_shape, classes)
-    else:
-        network = content
-    mean, std = _per_channel(mean, 0.0, input_shape), _per_channel(std, 1.0, input_shape)
-    module = Preprocessed(network, mean, std)
-    logits = try_out(module, input_shape, None if classes is None else len(classes))
+        network = _fill(file, content, arch, arch_args or {}, shape, classes)
+    elif form == "TorchScript":
+        network = _converted(file, content, shape)
+    means, stds = _per_channel(mean, 0.0, shape), _per_channel(std, 1.0, shape)
+    module = Preprocessed(network, means, stds)
+    logits = try_out(module, shape, None if classes is None else len(classes))
     names = tuple(classes) if classes is not None else tuple(map(str, range(logits)))
-    name = arch or form.lower()
-    return LoadedModel(module, form, name, input_shape, names, mean, std, sha256_of(file))
+    return LoadedModel(
+        module, form, arch or form.lower(), shape, names, means, stds, sha256_of(file)
+    )
 
 
 def try_out(module: nn.Module, shape: Shape, classes: int | None) -> int:
@@ -201,199 +197,17 @@ def _outputs(weights: Mapping[str, Tensor]) -> int:
     return int(layers[-1].shape[0]) if layers else 1
 
 
-def _read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
-    if not file.exists():
-        raise ModelError(f"{file} does not exist", "give the path of a model file")
-    if not file.is_file():
-        raise ModelError(f"{file} is not a file", "give the path of a model file")
-    with _quiet():
+def _converted(file: Path, script: Any, shape: Shape) -> nn.Module:
+    """A TorchScript module as a torch.export program, which is what the ONNX exporter takes."""
+    with quiet():
         try:
-            members = _members(file)
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-        if any(name.endswith("/constants.pkl") for name in members):
-            return "TorchScript", _torchscript(file)
-        if any(name.endswith(("models/model.json", "archive_version")) for name in members):
-            return "exported", _exported(file, trust_pickle)
-        return _pickled(file, trust_pickle)
+            from torch._export.converter import TS2EPConverter
 
-
-def _members(file: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        return []
-
-
-def _damaged(file: Path, error: Exception) -> ModelError:
-    first = str(error).strip().partition("\n")[0][:120] or type(error).__name__
-    return ModelError(
-        f"{file} is not a model file, or a damaged one: {first}",
-        "save it again: torch.save(model.state_dict(), PATH), torch.jit.save or torch.export.save",
-    )
-
-
-def _torchscript(file: Path) -> nn.Module:
-    """A TorchScript archive as a torch.export module; its code runs in TorchScript's own interpreter only."""
-    try:
-        module = torch.jit.load(str(file), map_location="cpu")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise _damaged(file, error) from error
-    return Scripted(module.eval())
-
-
-class Scripted(nn.Module):
-    """A TorchScript module, to be converted by graph.py once the input shape is known."""
-
-    def __init__(self, script: Any) -> None:
-        super().__init__()
-        self.script = script
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [B, C, H, W] -> logits."""
-        logits: Tensor = self.script(x)
-        return logits
-
-
-def _exported(file: Path, trust_pickle: bool) -> nn.Module:
-    try:
-        if not trust_pickle:
-            _only_tensors(file)
-        program = torch.export.load(io.BytesIO(file.read_bytes()))  # type: ignore[arg-type]
-        return program.module()
-    except ModelError:
-        raise
-    except Exception as error:  # torch.export raises many kinds, none of them documented
-        raise _damaged(file, error) from error
-
-
-def _only_tensors(file: Path) -> None:
-    """Refuse an exported program with anything in it that torch.export would unpickle as an object."""
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                magic = member.read(2)
-            if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-                if _is_tensors(archive.read(name)):
-                    continue
-                raise _untrusted(file, f"a pickled object, {name},")
-            if "/constants/" in name and not Path(name).name.startswith(("tensor_", "model_")):
-                raise _untrusted(file, f"a pickled object, {name},")
-
-
-def _is_tensors(data: bytes) -> bool:
-    try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # truncated, pickled, anything: not tensors
-        return False
-    return True
-
-
-def _untrusted(file: Path, what: str) -> ModelError:
-    return ModelError(
-        f"{file} holds {what} and reading it would run its author's code",
-        "save a state_dict, a TorchScript archive or a .pt2 instead; or add --trust-pickle if you made it yourself",
-    )
-
-
-def _pickled(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
-    try:
-        body = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle may raise anything on bytes that are not its own
-        foreign = _foreign(file)
-        if not foreign:
-            raise _damaged(file, error) from error
-        if not trust_pickle:
-            raise _untrusted(file, f"a pickled object ({foreign})") from error
-        body = _trusted(file)
-    if isinstance(body, nn.Module):
-        return "pickle", body.eval()
-    if is_checkpoint(body):
-        return "checkpoint", Checkpoint.parse(body, str(file))
-    weights = _state_dict(body)
-    if not weights:
-        raise ModelError(
-            f"{file} holds no network and no weights, but a {type(body).__name__}",
-            "save model.state_dict()",
-        )
-    return "state dict", weights
-
-
-def _trusted(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"{file} needs code that cannot be imported: {error}", "set PYTHONPATH to it"
-        ) from error
-    except Exception as error:  # the author's code may raise anything
-        raise _damaged(file, error) from error
-
-
-def _foreign(file: Path) -> str:
-    """The first class or function in a pickle that plain tensors do not need; nothing is executed."""
-    for data in _pickles(file):
-        strings: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(data):
-                if opcode.name == "GLOBAL":
-                    strings = str(argument).split(" ")
-                if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and len(strings) > 1:
-                    module, name = strings[-2:]
-                    if module.partition(".")[0] not in _HARMLESS or module.startswith("torch.nn"):
-                        return f"{module}.{name}"
-                if isinstance(argument, str):
-                    strings.append(argument)
-        except (ValueError, IndexError, EOFError, pickle.UnpicklingError):
-            continue
-    return ""
-
-
-def _pickles(file: Path) -> Iterator[bytes]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    yield archive.read(name)
-    except zipfile.BadZipFile:
-        data = file.read_bytes()
-        if data[:1] == b"\x80":
-            yield from _streams(data)
-
-
-def _streams(data: bytes) -> Iterator[bytes]:
-    """The pickles that follow each other in a file of torch's old format."""
-    stream = io.BytesIO(data)
-    for _ in range(4):
-        start = stream.tell()
-        yield data[start:]
-        try:
-            for _ in pickletools.genops(stream):
-                pass
-        except (ValueError, IndexError, EOFError):
-            return
-
-
-def _state_dict(body: object) -> dict[str, Tensor]:
-    """Tensors by name, out of a state dict or a training checkpoint that contains one."""
-    if not isinstance(body, Mapping):
-        return {}
-    nested = next((body[key] for key in _NESTS if isinstance(body.get(key), Mapping)), body)
-    tensors = {str(k): v for k, v in nested.items() if isinstance(v, Tensor)}
-    for prefix in _WRAPPERS:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with catch_warnings():
-            simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+            example = (torch.zeros(2, *shape),)
+            return TS2EPConverter(script, example).convert().module()
+        except Exception as error:  # torch raises many kinds, none of them documented
+            first = str(error).strip().partition("\n")[0][:160]
+            raise ModelError(
+                f"the TorchScript in {file} cannot be converted: {first}",
+                "check --input-shape, or save the network with torch.export.save or as a state_dict",
+            ) from error

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from resq_deploy import data, quantization
 from resq_deploy.bundle import (
     EVAL,
     FP32,
@@ -29,20 +22,20 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.errors import DataError, ModelError
-from resq_deploy.export import graph, qdq, rules
-from resq_deploy.export.calibrate import Range, calibrate
-from resq_deploy.export.load import LoadedModel, load_model
-from resq_deploy.manifest import Metrics
-from resq_deploy.metrics import accuracy, agreement, sqnr_db
+from resq_deploy.errors import BackendError
+from resq_deploy.export import describe, graph, qdq, rules, samples
+from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.load import load_model
+from resq_deploy.export.samples import Source
 
 Shape = tuple[int, int, int]
+Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 HighPrecision = Literal["fp32", "fp16"]
 
 CALIB_SAMPLES = 512
 EVAL_SAMPLES = 2000
-_BATCH = 64
-_PACKAGES = ("resq-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
+ATTACK_SAMPLES = 256
+EPS = 8 / 255
 
 
 def export_model(
@@ -54,13 +47,19 @@ def export_model(
     input_shape: Shape | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    calib: str | None = None,
+    calib: Source | None = None,
     calib_samples: int = CALIB_SAMPLES,
-    eval: str | None = None,
+    eval: Source | None = None,
     eval_samples: int = EVAL_SAMPLES,
+    batch: tuple[int, int, int] = (1, 8, 64),
+    targets: Sequence[Target] = ("onnx",),
+    sm: Sequence[str] = (),
     high_precision: HighPrecision = "fp32",
     opset: int | None = None,
     trust_pickle: bool = False,
+    attacks: Sequence[str] = ("fgsm", "pgd"),
+    eps: float | str = EPS,
+    attack_samples: int = ATTACK_SAMPLES,
     seed: int = 0,
     force: bool = False,
     reporter: Reporter | None = None,
@@ -68,41 +67,46 @@ def export_model(
 ) -> Bundle:
     """Turn a trained network into an INT8 bundle that can be deployed and validated.
 
-    `model`: a file in any form of load.py; `output`: the bundle to write (default: beside the model, `.resq`).
-    `calib`, `eval`: data sets (see data.load); default: what a checkpoint says it was trained on. Ranges come
-    from the train split of `calib`, figures from the test split of `eval`; no image is in both.
+    `model`: a file in any form of load.py. `output`: the bundle to write (default: beside the model, `.resq`).
+    `calib`, `eval`: data sets (see data.load) or Datasets; default: what a checkpoint says it was trained on.
+    Ranges come from the train split of `calib`, figures from the test split of `eval`; no image is in both.
+    `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
+    TensorRT-RTX, compute capabilities `sm`. `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the
+    first `attack_samples` of the held-out sample. `command`: what the manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
-    Raises ModelError, DataError or BundleError; nothing is left at `output` then.
+    Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
     """
     say = reporter or Reporter()
     target = Path(output) if output is not None else Path(model).with_suffix(".resq")
     check_free(target, force=force)
-    shape = input_shape or _shape_of(calib)
+    _check_request(targets, attacks, eps)
     loaded = load_model(
         model,
         arch=arch,
         arch_args=arch_args,
-        input_shape=shape if arch or input_shape or not calib else shape,
+        input_shape=input_shape,
         mean=mean,
         std=std,
         trust_pickle=trust_pickle,
+        default_shape=None if calib is None else lambda: samples.shape_of(calib),
     )
-    say.log(f"loaded {model}: {loaded.arch}, {len(loaded.classes)} classes")
-    chosen = choose_data(loaded, calib, calib_samples, eval, eval_samples, seed, say)
-    loaded = replace(loaded, classes=chosen.classes)
+    drawn = samples.draw(loaded, calib, calib_samples, eval, eval_samples, seed=seed, reporter=say)
+    say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
 
-    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=_name(target), opset=opset)
+    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
     plan = rules.plan(fp32)
-    ranges = calibrate(fp32, plan.activations, _images(chosen.calibration), reporter=say)
+    ranges = calibrate(fp32, plan.activations, samples.batches(drawn.calibration), reporter=say)
     int8 = qdq.quantize_graph(fp32, ranges, where=plan)
     graph.check(int8)
-    metrics = compare(fp32, int8, chosen.evaluation)
+    metrics = describe.compare(fp32, int8, drawn.held_out)
 
     with BundleWriter(target, force=force) as writer:
         _save(fp32, writer.dir / FP32)
         _save(int8, writer.dir / INT8)
-        sample = chosen.evaluation
-        writer.save_npz(EVAL, x=compact(sample.images), y=sample.labels, index=sample.indices)
+        _save_sample(writer, EVAL, drawn.held_out)
+        exposed = drawn.held_out.take(attack_samples)
+        crafted = dict(_attacks(writer, fp32, int8, exposed, attacks, eps, seed, say))
+        engines = dict(_engines(writer, int8, targets, batch, sm, say))
         return writer.finish(
             {
                 "name": _name(target),
@@ -113,171 +117,128 @@ def export_model(
                     "mean": loaded.mean,
                     "std": loaded.std,
                 },
-                "classes": loaded.classes,
-                "quantization": describe(fp32, int8, plan, ranges, high_precision),
+                "classes": drawn.classes,
+                "quantization": describe.quantization_of(fp32, int8, plan, ranges, high_precision),
                 "adjustment": {"applied": False},
                 "metrics": metrics,
+                "attacks": crafted,
+                "engines": engines,
                 "provenance": {
-                    "versions": _versions(),
+                    "versions": describe.versions(),
                     "command": tuple(command),
                     "seed": seed,
                     "model_sha256": loaded.sha256,
-                    "calibration": chosen.record,
+                    "calibration": drawn.record,
                     "training": {**loaded.trained, "metrics": dict(loaded.metrics)},
                 },
             }
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ChosenData:
-    """Calibration images, and an evaluation sample that has none of them."""
+def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | str) -> None:
+    """Refuse what cannot work before the work begins."""
+    from resq_deploy.budget import parse_eps
+    from resq_deploy.export.craft import white_box
+    from resq_deploy.runtime.trtlib import library
 
-    calibration: data.Dataset
-    evaluation: Sample
-    classes: tuple[str, ...]
-    record: Mapping[str, Any]
-
-
-def choose_data(
-    loaded: LoadedModel,
-    calib: str | None,
-    calib_samples: int,
-    evaluate: str | None,
-    eval_samples: int,
-    seed: int,
-    reporter: Reporter,
-) -> ChosenData:
-    """Draw the calibration set and the evaluation sample. Raises DataError where that cannot be done."""
-    spec = calib or loaded.trained.get("data")
-    if not spec:
-        raise DataError(
-            "there is no calibration data", f"give --calib, one of: {', '.join(data.known())}"
-        )
-    spec, held_out = str(spec), str(evaluate or spec)
-    shape = loaded.input_shape
-    train = data.load(spec, "train", shape=shape, reporter=reporter)
-    test = data.load(held_out, "test", shape=shape, reporter=reporter)
-    for name, dataset in ((spec, train), (held_out, test)):
-        if len(dataset.classes) != len(loaded.classes):
-            raise DataError(
-                f"{name} has {len(dataset.classes)} classes, the network {len(loaded.classes)}",
-                "choose the data it was trained on",
-            )
-    calibration = train.take(calib_samples, seed)
-    evaluation = _unseen(test.take(eval_samples + len(calibration), seed + 1), calibration)
-    if not len(evaluation):
-        raise DataError(
-            f"{held_out} has no test image that is not used for calibration",
-            "give another --eval, or a smaller --calib-samples",
-        )
-    return ChosenData(
-        calibration,
-        evaluation.take(eval_samples),
-        loaded.classes if loaded.form == "checkpoint" else test.classes,
-        {
-            "data": spec,
-            "split": "train",
-            "samples": len(calibration),
-            "sha256": calibration.digest(),
-            "eval_data": held_out,
-            "eval_split": "test",
-        },
-    )
+    for name in attacks:
+        white_box(name)
+    parse_eps(eps)
+    for name in targets:
+        if name not in get_args(Target):
+            known = ", ".join(get_args(Target))
+            raise BackendError(f"unknown target {name!r}", f"one of: {known}")
+        if name != "onnx":
+            library(name)
 
 
-def _unseen(test: data.Dataset, calibration: data.Dataset) -> Sample:
-    seen = {_key(image) for image in _rows(calibration)}
-    kept = [i for i, image in enumerate(_rows(test)) if _key(image) not in seen]
-    images, labels = test.batch(np.asarray(kept, dtype=np.int64))
-    return Sample(images, labels, test.indices[kept])
-
-
-def _rows(dataset: data.Dataset) -> Iterator[NDArray[np.float32]]:
-    for images, _ in dataset.batches(256):
-        yield from images
-
-
-def _key(image: NDArray[np.float32]) -> bytes:
-    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-
-
-def _shape_of(spec: str | None) -> Shape | None:
-    return data.load(spec, "train").shape if spec else None
-
-
-def _images(dataset: data.Dataset) -> Iterator[NDArray[np.float32]]:
-    return (images for images, _ in dataset.batches(_BATCH))
-
-
-def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Metrics:
-    """FP32 against INT8 on a held-out sample, by ONNX Runtime."""
-    exact, coded = graph.run(fp32, sample.images), graph.run(int8, sample.images)
-    return Metrics(
-        samples=len(sample),
-        fp32_accuracy=accuracy(exact, sample.labels),
-        int8_accuracy=accuracy(coded, sample.labels),
-        agreement=agreement(exact, coded),
-        sqnr_db={int8.graph.output[0].name: sqnr_db(exact, coded)},
-    )
-
-
-def describe(
+def _attacks(
+    writer: BundleWriter,
     fp32: onnx.ModelProto,
     int8: onnx.ModelProto,
-    plan: rules.Plan,
-    ranges: Mapping[str, Range],
-    high_precision: HighPrecision,
-) -> dict[str, Any]:
-    """The manifest's account of every scale in the INT8 graph, and of what stayed float."""
-    before = {t.name: t for t in fp32.graph.initializer}
-    after = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
-    return {
-        "weights": {
-            w.name: _weight(w, numpy_helper.to_array(before[w.name]), after) for w in plan.weights
-        },
-        "activations": {
-            name: {
-                "scale": float(after[f"{name}.scale"]),
-                "low": ranges[name].low,
-                "high": ranges[name].high,
-                "method": ranges[name].method,
-                "sqnr_db": ranges[name].sqnr_db,
-            }
-            for name in plan.activations
-        },
-        "float_ops": plan.float_ops,
-        "high_precision": high_precision,
-    }
+    sample: Sample,
+    attacks: Sequence[str],
+    eps: float | str,
+    seed: int,
+    reporter: Reporter,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
+    from dataclasses import asdict
+
+    from resq_deploy.budget import parse_eps
+    from resq_deploy.export.craft import craft, parameters_of, white_box
+    from resq_deploy.export.twin import Twin
+
+    twin = Twin(int8).eval()
+    for name in map(white_box, attacks):
+        images = craft(twin, sample, name, eps, seed=seed, reporter=reporter)
+        _save_sample(writer, f"attacks/{name}.npz", Sample(images, sample.labels, sample.indices))
+        yield (
+            name,
+            {
+                "attack": name,
+                "norm": "linf",
+                "eps": parse_eps(eps),
+                "parameters": asdict(parameters_of(name, {})),
+                "crafted_through": "twin",
+                "model_sha256": sha256_of(writer.dir / INT8),
+                "samples": len(sample),
+                "transfer": {
+                    "int8": describe.attack_success(int8, sample, images),
+                    "fp32": describe.attack_success(fp32, sample, images),
+                },
+            },
+        )
 
 
-def _weight(
-    weight: rules.Weight, exact: NDArray[Any], after: Mapping[str, NDArray[Any]]
-) -> dict[str, Any]:
-    codes, scale = after[weight.name], after[f"{weight.name}.scale"].astype(np.float32)
-    return {
-        "layer": weight.node,
-        "op": weight.op,
-        "shape": codes.shape,
-        "axis": weight.axis,
-        "scale": tuple(map(float, scale)),
-        "sqnr_db": sqnr_db(exact, quantization.dequantize(codes, scale, weight.axis)),
+def _engines(
+    writer: BundleWriter,
+    int8: onnx.ModelProto,
+    targets: Sequence[Target],
+    batch: tuple[int, int, int],
+    sm: Sequence[str],
+    reporter: Reporter,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Build a plan for each engine target, and map the INT8 weights in it."""
+    from resq_deploy.export.engine import build_engine
+    from resq_deploy.runtime.plan import locate
+
+    tensors = [t for t in int8.graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims]
+    weights = {
+        t.name: numpy_helper.to_array(t) for t in tensors if not t.name.endswith(".zero_point")
     }
+    for name in (t for t in targets if t != "onnx"):
+        plan = writer.dir / "engines" / f"{name}.plan"
+        plan.parent.mkdir(exist_ok=True)
+        capabilities = tuple(sm) if name == "tensorrt-rtx" else ()
+        built = build_engine(
+            writer.dir / INT8,
+            plan,
+            backend=name,
+            batch=batch,
+            sm=capabilities,
+            reporter=reporter,
+        )
+        found = locate(plan.read_bytes(), weights)
+        found.save(plan.with_suffix(".weights.json"))
+        yield (
+            name,
+            {
+                "backend": name,
+                "version": built.version,
+                "built_for": built.built_for,
+                "coverage": found.coverage,
+            },
+        )
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def _save_sample(writer: BundleWriter, name: str, sample: Sample) -> None:
+    writer.save_npz(name, x=compact(sample.images), y=sample.labels, index=sample.indices)
+
+
 def _name(target: Path) -> str:
     return target.name.removesuffix(".resq") or "model"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -140,11 +140,12 @@ class _Edit:
     def _constant(self, name: str, value: NDArray[Any]) -> None:
         self.tensors.append(numpy_helper.from_array(value, name))
 
-    def _node(self, op: str, source: str, stem: str, **attributes: int) -> str:
+    def _node(self, op: str, source: str, stem: str, axis: int | None = None) -> str:
         verb = op.removesuffix("Linear").lower()
         inputs = [source, f"{stem}.scale", f"{stem}.zero_point"]
         output = f"{stem}.{verb}d"
-        self.nodes.append(
-            helper.make_node(op, inputs, [output], name=f"{stem}.{verb}", **attributes)
-        )
+        node = helper.make_node(op, inputs, [output], name=f"{stem}.{verb}")
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self.nodes.append(node)
         return output

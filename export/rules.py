@@ -27,7 +27,10 @@ THIN = 16  # channels; INT8 tensor cores take this many at a time
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVES = frozenset(
-    "Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather Identity Pad Expand Concat Tile".split()
+    {
+        *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Tile"),
+        *("Slice", "Split", "Gather", "Pad", "Concat"),
+    }
 )
 _EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
 _AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})

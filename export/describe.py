@@ -1,0 +1,102 @@
+"""What the manifest says about a quantized graph: every scale, what it costs, and FP32 against INT8."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from resq_deploy import quantization
+from resq_deploy.bundle import Sample
+from resq_deploy.export import graph
+from resq_deploy.export.calibrate import Range
+from resq_deploy.export.rules import Plan, Weight
+from resq_deploy.manifest import Metrics
+from resq_deploy.metrics import accuracy, agreement, sqnr_db, top1
+
+_PACKAGES = frozenset(
+    {
+        *("resq-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy"),
+        *("tensorrt", "tensorrt-rtx"),
+    }
+)
+
+
+def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Metrics:
+    """FP32 against INT8 on a held-out sample, both in ONNX Runtime on the CPU."""
+    exact, coded = graph.run(fp32, sample.images), graph.run(int8, sample.images)
+    return Metrics(
+        samples=len(sample),
+        fp32_accuracy=accuracy(exact, sample.labels),
+        int8_accuracy=accuracy(coded, sample.labels),
+        agreement=agreement(exact, coded),
+        sqnr_db={int8.graph.output[0].name: sqnr_db(exact, coded)},
+    )
+
+
+def attack_success(
+    model: onnx.ModelProto, sample: Sample, adversarial: NDArray[np.float32]
+) -> float:
+    """Share of the images that a graph gets right of which it gets the adversarial version wrong, in [0, 1]."""
+    right = top1(graph.run(model, sample.images)) == sample.labels
+    fooled = top1(graph.run(model, adversarial)) != sample.labels
+    return float((right & fooled).sum() / max(int(right.sum()), 1))
+
+
+def quantization_of(
+    fp32: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    plan: Plan,
+    ranges: Mapping[str, Range],
+    high_precision: str,
+) -> dict[str, Any]:
+    """The manifest's account of every scale in the INT8 graph, and of what stayed float."""
+    before = {t.name: t for t in fp32.graph.initializer}
+    after = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
+    return {
+        "weights": {w.name: _weight(w, before[w.name], after) for w in plan.weights},
+        "activations": {name: _activation(name, ranges[name], after) for name in plan.activations},
+        "float_ops": plan.float_ops,
+        "high_precision": high_precision,
+    }
+
+
+def _weight(
+    weight: Weight, tensor: onnx.TensorProto, after: Mapping[str, NDArray[Any]]
+) -> dict[str, Any]:
+    codes, scale = after[weight.name], after[f"{weight.name}.scale"].astype(np.float32)
+    restored = quantization.dequantize(codes, scale, weight.axis)
+    return {
+        "layer": weight.node,
+        "op": weight.op,
+        "shape": codes.shape,
+        "axis": weight.axis,
+        "scale": tuple(map(float, scale)),
+        "sqnr_db": sqnr_db(numpy_helper.to_array(tensor), restored),
+    }
+
+
+def _activation(name: str, chosen: Range, after: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    return {
+        "scale": float(after[f"{name}.scale"]),
+        "low": chosen.low,
+        "high": chosen.high,
+        "method": chosen.method,
+        "sqnr_db": chosen.sqnr_db,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make bundles, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in sorted(_PACKAGES):
+        installed = next(iter(metadata.Distribution.discover(name=package)), None)
+        if installed is not None:
+            found[package] = installed.version
+    return found

@@ -1,0 +1,126 @@
+"""Which images calibrate the network and which judge it: drawn from a seed, and never the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy import data
+from resq_deploy.bundle import Sample
+from resq_deploy.console import Reporter
+from resq_deploy.errors import DataError
+from resq_deploy.export.load import LoadedModel
+
+Shape = tuple[int, int, int]
+Source = str | data.Dataset
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Calibration images and a held-out sample that has none of them; `record` says what they are."""
+
+    calibration: data.Dataset
+    held_out: Sample
+    classes: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+def shape_of(source: Source) -> Shape:
+    """Shape (C, H, W) of a data set's images. Raises DataError."""
+    return _load(source, "train", None, Reporter()).shape
+
+
+def draw(
+    model: LoadedModel,
+    calib: Source | None,
+    calib_samples: int,
+    evaluation: Source | None,
+    eval_samples: int,
+    *,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Drawn:
+    """Draw `calib_samples` images of a train split and `eval_samples` of a test split, classes evenly.
+
+    `calib`, `evaluation`: names of data sets, or the sets themselves; default: what the checkpoint was
+    trained on. An image that is used for calibration is not used for evaluation, wherever it comes from.
+    Raises DataError where there are no such data, they do not fit the network, or none is left.
+    """
+    say = reporter or Reporter()
+    source = calib if calib is not None else model.trained.get("data")
+    if not source:
+        raise DataError(
+            "there is no calibration data", f"give --calib, one of: {', '.join(data.known())}"
+        )
+    judge = evaluation if evaluation is not None else source
+    train = _load(source, "train", model.input_shape, say)
+    test = _load(judge, "test", model.input_shape, say)
+    for dataset in (train, test):
+        _check_classes(dataset, len(model.classes))
+    calibration = train.take(calib_samples, seed)
+    held_out = _unseen(test.take(eval_samples + len(calibration), seed + 1), calibration)
+    if not len(held_out):
+        raise DataError(
+            f"{test.name} has no test image that calibration does not use",
+            "give another --eval, or fewer --calib-samples",
+        )
+    record = {
+        "data": train.name,
+        "split": "train",
+        "samples": len(calibration),
+        "sha256": calibration.digest(),
+        "eval_data": test.name,
+        "eval_split": "test",
+    }
+    classes = model.classes if model.form == "checkpoint" else test.classes
+    return Drawn(calibration, held_out.take(eval_samples), classes, record)
+
+
+def batches(dataset: data.Dataset, size: int = 64) -> Iterator[NDArray[np.float32]]:
+    """The images of a data set, float32 [B, C, H, W] in [0, 1], batch by batch."""
+    for images, _ in dataset.batches(size):
+        yield images
+
+
+def as_sample(dataset: data.Dataset) -> Sample:
+    """A whole data set in memory."""
+    images, labels = dataset.batch(np.arange(len(dataset)))
+    return Sample(images, labels, np.arange(len(dataset)))
+
+
+def _load(
+    source: Source, split: data.Split, shape: Shape | None, reporter: Reporter
+) -> data.Dataset:
+    if isinstance(source, str):
+        return data.load(source, split, shape=shape, reporter=reporter)
+    if shape is not None and source.shape != shape:
+        raise DataError(
+            f"{source.name} has images of shape {source.shape}, not {shape}",
+            "choose data of the network's input shape",
+        )
+    return source
+
+
+def _check_classes(dataset: data.Dataset, expected: int) -> None:
+    if len(dataset.classes) != expected:
+        raise DataError(
+            f"{dataset.name} has {len(dataset.classes)} classes, the network {expected}",
+            "choose the data it was trained on",
+        )
+
+
+def _unseen(test: data.Dataset, calibration: data.Dataset) -> Sample:
+    seen = {_key(image) for images in batches(calibration) for image in images}
+    rows = (image for images in batches(test) for image in images)
+    kept = np.array([i for i, image in enumerate(rows) if _key(image) not in seen], dtype=np.int64)
+    images, labels = test.batch(kept)
+    return Sample(images, labels, test.indices[kept])
+
+
+def _key(image: NDArray[np.float32]) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
