@@ -342,9 +342,11 @@ def test_schedules_fall_to_zero(kind: str) -> None:
 
 
 def test_scalars_can_be_read_by_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
+        event_accumulator,
+    )
 
     harden(tmp_path, log_dir=tmp_path / "logs", stages="1")
-    events = EventAccumulator(str(tmp_path / "logs"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert {"plain/loss", "stage I/consistency", "stage I/robust"} <= set(events.Tags()["scalars"])
