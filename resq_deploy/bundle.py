@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,18 +14,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from resq_deploy.errors import BundleError, IntegrityError
-from resq_deploy.manifest import SCHEMA_VERSION, Attack, FileEntry, Manifest
+from resq_deploy.manifest import Attack, FileEntry, Manifest, parse_manifest
+from resq_deploy.npz import read_npz, write_npz
+from resq_deploy.onnx_file import read_onnx
+from resq_deploy.signing import SIGNATURE, check_signature
+
+__all__ = [
+    "EVAL",
+    "FP32",
+    "INT8",
+    "MANIFEST",
+    "Bundle",
+    "BundleWriter",
+    "Sample",
+    "as_pixels",
+    "check_free",
+    "compact",
+    "is_inside",
+    "read_npz",
+    "sha256_of",
+    "write_npz",
+]
 
 MANIFEST = "manifest.json"
 INT8 = "model.int8.onnx"
 FP32 = "model.fp32.onnx"
 EVAL = "eval.npz"
 
-_MANIFEST_LIMIT = 256 * 2**20  # bytes read before anything is parsed
-_ARRAY_LIMIT = 16 * 2**30  # bytes one array of an npz may claim
+_MANIFEST_LIMIT = 32 * 2**20  # bytes read before anything is parsed
 
 
 def sha256_of(path: Path) -> str:
@@ -79,29 +94,44 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        key: str | os.PathLike[str] | None = None,
+    ) -> Bundle:
         """Open a bundle.
 
-        Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file).
+        `key`: a public Ed25519 key (PEM); the signature over the manifest is then checked before anything is parsed.
+        Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file, wrong signature).
         """
         root = Path(path)
         if not root.is_dir():
             raise BundleError(
                 f"{root} is not a bundle", "a bundle is the directory that resq-export writes"
             )
-        bundle = cls(root, _read_manifest(root / MANIFEST))
+        content = _manifest_bytes(root / MANIFEST)
+        if key is not None:
+            check_signature(content, root / SIGNATURE, key)
+        bundle = cls(root, parse_manifest(content, root / MANIFEST))
         if verify:
             bundle.verify()
         return bundle
 
     def verify(self) -> None:
-        """Compare every file with the manifest. Raises IntegrityError at the first missing or changed one."""
+        """Compare every file with the manifest, and refuse graphs that reach outside it.
+
+        Raises IntegrityError at the first missing or changed file.
+        """
         for name, entry in self.manifest.files.items():
             path = self.file(name)
-            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+            if not _is_the_file(path, entry):
                 raise IntegrityError(
                     f"{path} is not the file that the manifest names", "export the model again"
                 )
+            if name.endswith(".onnx"):
+                read_onnx(path)
         listed = {*self.manifest.files, MANIFEST}
         for name in ("model.int8.onnx", EVAL):
             if name not in listed:
@@ -114,9 +144,10 @@ class Bundle:
         if name not in self.manifest.files or not is_inside(name):
             raise IntegrityError(f"{self.path} has no file {name!r}", "export the model again")
         path = self.path / name
-        if path.is_symlink() or not path.is_file():
+        if not _is_plain_file(self.path, name):
             raise IntegrityError(
-                f"{path} is missing", "copy the whole bundle, or export the model again"
+                f"{path} is missing, or is a link",
+                "copy the whole bundle, or export the model again",
             )
         return path
 
@@ -223,62 +254,22 @@ def is_inside(name: str) -> bool:
     return plain and not pure.is_absolute() and pure.parts != () and ".." not in pure.parts
 
 
-def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """An npz whose bytes depend on nothing but the arrays (no clock, no pickle)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(arrays):
-            buffer = io.BytesIO()
-            np.lib.format.write_array(
-                buffer, np.ascontiguousarray(arrays[name]), allow_pickle=False
-            )
-            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            info.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(info, buffer.getvalue(), compresslevel=6)
-
-
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an npz, without pickles; sizes are checked before memory is taken. Raises BundleError."""
+def _is_plain_file(root: Path, name: str) -> bool:
+    """Whether this is a file, reached through no link: a link could lead outside the bundle."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {
-                i.filename.removesuffix(".npy"): _read_array(archive, i) for i in archive.infolist()
-            }
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        NotImplementedError,
-    ) as error:
-        raise BundleError(f"{path} cannot be read: {error}", "export the model again") from error
-    except (
-        Exception
-    ) as error:  # zlib.error, struct.error, SyntaxError from a header: all say the same
-        raise BundleError(
-            f"{path} is damaged ({type(error).__name__})", "export the model again"
-        ) from error
+        steps = [
+            root.joinpath(*PurePosixPath(name).parts[: i + 1]) for i in range(name.count("/") + 1)
+        ]
+        return not any(step.is_symlink() for step in steps) and steps[-1].is_file()
+    except (OSError, ValueError):
+        return False
 
 
-def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"npy version {version}")
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if dtype.hasobject or claimed > min(_ARRAY_LIMIT, info.file_size):
-            raise ValueError(
-                f"array {info.filename} claims {claimed} bytes, the file holds {info.file_size}"
-            )
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def _is_the_file(path: Path, entry: FileEntry) -> bool:
+    try:
+        return path.stat().st_size == entry.size and sha256_of(path) == entry.sha256
+    except OSError:
+        return False
 
 
 def as_pixels(images: NDArray[Any]) -> NDArray[np.float32]:
@@ -296,19 +287,23 @@ def compact(images: NDArray[np.float32]) -> NDArray[Any]:
 
 def _sample(path: Path, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> Sample:
     try:
-        images, labels = as_pixels(arrays["x"]), arrays["y"].astype(np.int64)
-        indices = arrays.get("index", np.arange(labels.size)).astype(np.int64)
+        labels = _whole(arrays["y"])
+        indices = _whole(arrays.get("index", np.arange(labels.size)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            images = as_pixels(arrays["x"])
     except (KeyError, ValueError, TypeError) as error:
         raise BundleError(f"{path} lacks x or y", "export the model again") from error
     fits = (
         images.ndim == 4
         and images.shape[1:] == manifest.input.shape
-        and len(images) == labels.size == indices.size
+        and labels.shape == indices.shape == images.shape[:1]
     )
     if not fits or labels.size == 0:
         raise BundleError(f"{path} does not fit the bundle's input", "export the model again")
     if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
         raise BundleError(f"{path} has pixels outside [0, 1]", "export the model again")
+    if indices.min() < 0:
+        raise BundleError(f"{path} has a negative index", "export the model again")
     if labels.min() < 0 or labels.max() >= len(manifest.classes):
         raise BundleError(
             f"{path} has labels outside the bundle's classes", "export the model again"
@@ -316,27 +311,23 @@ def _sample(path: Path, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) 
     return Sample(images, labels, indices)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _whole(array: NDArray[Any]) -> NDArray[np.int64]:
+    if array.dtype.kind not in "iu" or (array.size and array.max() > 2**62):
+        raise ValueError("labels and indices are whole numbers")
+    return array.astype(np.int64)
+
+
+def _manifest_bytes(path: Path) -> bytes:
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}")
-    if path.stat().st_size > _MANIFEST_LIMIT:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MANIFEST_LIMIT + 1)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > _MANIFEST_LIMIT:
         raise BundleError(f"{path} is too large to be a manifest")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON", "export the model again") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}",
-            "upgrade resq-deploy",
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg']}", "export the model again") from error
+    return content
 
 
 def _replace(source: Path, target: Path, *, force: bool) -> None:

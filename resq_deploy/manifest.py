@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from resq_deploy.errors import BundleError
 
 SCHEMA_VERSION = 1
 
@@ -152,3 +156,39 @@ class Manifest(Strict):
     engines: dict[str, Engine] = {}
     files: dict[str, FileEntry]
     provenance: Provenance
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """The manifest that these bytes are; `path` is named in errors. Raises BundleError."""
+    try:
+        raw = json.loads(content, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON", "export the model again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {repr(version)[:40]}, this program reads {SCHEMA_VERSION}",
+            "upgrade resq-deploy",
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except (ValidationError, RecursionError) as error:
+        said = _first(error) if isinstance(error, ValidationError) else "it is nested too deeply"
+        raise BundleError(f"{path}: {said}", "export the model again") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: two readers must not see two manifests in one."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")

@@ -7,6 +7,7 @@ from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
@@ -24,6 +25,12 @@ from resq_deploy.bundle import (
 from resq_deploy.errors import BundleError, IntegrityError
 
 ZERO = "0" * 64
+
+
+def graph(name: str) -> bytes:
+    """The least that is an ONNX file."""
+    content: bytes = onnx.ModelProto(ir_version=8, producer_name=name).SerializeToString()
+    return content
 
 
 def manifest() -> dict[str, Any]:
@@ -65,8 +72,8 @@ def manifest() -> dict[str, Any]:
 def write(path: Path, *, force: bool = False) -> Bundle:
     images = np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 1, 4, 4)
     with BundleWriter(path, force=force) as writer:
-        (writer.dir / "model.int8.onnx").write_bytes(b"int8")
-        (writer.dir / "model.fp32.onnx").write_bytes(b"fp32")
+        (writer.dir / "model.int8.onnx").write_bytes(graph("int8"))
+        (writer.dir / "model.fp32.onnx").write_bytes(graph("fp32"))
         writer.save_npz("eval.npz", x=images, y=np.array([0, 1, 0]))
         writer.save_npz("attacks/pgd.npz", x=images[:2], y=np.array([0, 1]), index=np.array([0, 2]))
         return writer.finish(manifest())
@@ -76,7 +83,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written = write(tmp_path / "m.resq")
     bundle = Bundle.open(tmp_path / "m.resq")
     assert bundle.manifest == written.manifest
-    assert bundle.int8.read_bytes() == b"int8"
+    assert bundle.int8.read_bytes() == graph("int8")
     sample = bundle.eval_sample()
     assert sample.images.shape == (3, 1, 4, 4)
     assert sample.labels.tolist() == [0, 1, 0]
