@@ -75,6 +75,10 @@ class FaultModel(ABC):
         """Those of the drawn locations that differ from the golden memory; all of them, unless a model says else."""
         return locations
 
+    def different(self, space: FaultSpace) -> int | None:
+        """How many different trials there can be, None where there are more than anyone runs."""
+        return self.length
+
     @property
     def length(self) -> int | None:
         """How many trials there are (a fault list), None for no end."""
@@ -186,6 +190,9 @@ class SingleBit(FaultModel):
 
     word, about = "seu", "single-event upset: one bit, uniform over the fault space"
 
+    def different(self, space: FaultSpace) -> int | None:
+        return space.size
+
     def draw(self, space: FaultSpace, rng: np.random.Generator) -> Locations:
         return below(rng, space.size, 1)
 
@@ -234,6 +241,9 @@ class AdjacentBits(FaultModel):
         found: Locations = np.arange(first, first + _count(self), dtype=np.int64)
         return found
 
+    def different(self, space: FaultSpace) -> int | None:
+        return int(self._starts(space).sum())
+
     def _starts(self, space: FaultSpace) -> Locations:
         fitting: Locations = np.maximum(space.sizes() - _count(self) + 1, 0)
         return fitting
@@ -244,6 +254,9 @@ class StuckAt(FaultModel):
 
     takes, needs = "count or rate", False
     held: ClassVar[int]
+
+    def different(self, space: FaultSpace) -> int | None:
+        return space.size if self.argument in (None, 1) else None
 
     def draw(self, space: FaultSpace, rng: np.random.Generator) -> Locations:
         if isinstance(self.argument, float):

@@ -127,6 +127,15 @@ class FaultSpace:
         """How many fault locations each of `memories` has, int64 [len(memories)]."""
         return np.diff(self._starts)
 
+    def cells(self) -> dict[tuple[str, int], int]:
+        """How many fault locations each (layer, bit position) has."""
+        found: dict[tuple[str, int], int] = {}
+        for memory, positions in zip(self.memories, self._bits, strict=True):
+            for bit in positions:
+                cell = memory.layer, bit
+                found[cell] = found.get(cell, 0) + memory.value.size
+        return found
+
     def block(self, index: int, size: int) -> NDArray[np.int64]:
         """All locations in the aligned block of `size` bytes of the tensor's memory that holds location `index`.
 

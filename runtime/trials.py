@@ -1,0 +1,220 @@
+"""One trial: draw the fault, run the network with it, compare with the golden run. Everything else is book-keeping.
+
+`run_trial` is the one function that every way of running trials calls: in this process, in a worker,
+on a cluster, in a replay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.errors import ResqError
+from resq_deploy.fault_models import Drawn, FaultModel
+from resq_deploy.faults import FaultSpace, Flips, TensorFlips
+from resq_deploy.metrics import Logits, Outcome, classify
+from resq_deploy.runtime.runner import Images, Runner
+
+Status = Literal["ok", "unreachable", "error", "crash", "hang"]
+
+
+class TrialEngine(Protocol):
+    """A deployed network with a fixed set of images: what a trial needs of a backend."""
+
+    def golden(self) -> Logits:
+        """Logits without faults, float32 [images, classes]; the same bits at every call."""
+
+    def run(self, flips: Flips) -> Logits:
+        """Logits of the same images with these bits flipped; memory is golden again afterwards."""
+
+
+@runtime_checkable
+class Reaching(Protocol):
+    """An engine that cannot change every bit of the fault space."""
+
+    def unreachable(self, flips: Flips) -> int:
+        """How many of these bits it cannot change."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """An engine that can say what it is, for the report."""
+
+    @property
+    def info(self) -> dict[str, object]:
+        """What runs: JSON types only."""
+
+
+EngineFactory = Callable[[int], TrialEngine]  # threads -> engine; picklable, called in each worker
+
+
+class PlainEngine:
+    """Every trial is a full run of all images: for any Runner."""
+
+    def __init__(self, runner: Runner, images: Images) -> None:
+        self.runner = runner
+        self.images = images
+
+    def golden(self) -> Logits:
+        """A run without faults."""
+        return self.runner(self.images)
+
+    def run(self, flips: Flips) -> Logits:
+        """A run with them."""
+        with self.runner.faults(flips):
+            return self.runner(self.images)
+
+    def unreachable(self, flips: Flips) -> int:
+        """As the runner says."""
+        return self.runner.unreachable(flips)
+
+    @property
+    def info(self) -> dict[str, object]:
+        """The runner's."""
+        return {"engine": "full runs", **self.runner.info}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One campaign's trials: trial i is `model`'s draw i of `seed` in `space`; `labels` int64 [images]."""
+
+    model: FaultModel
+    space: FaultSpace
+    seed: int
+    labels: NDArray[np.int64]
+
+    @property
+    def images(self) -> int:
+        return int(self.labels.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is kept of one trial: what a journal stores, and all that figures are made of.
+
+    `flips`: bits that were flipped; `unreachable`: bits that the backend could not flip. `flips_sha`,
+    `logits_sha`: 16 hex digits of sha256 of what was drawn and of the faulty logits ("" where none).
+    `layer`, `bit`: where all drawn locations lie, if in one. `seconds`: not a figure.
+
+    `status`: `ok`; `unreachable` (no bit could be flipped: nothing was run, the trial counts for
+    nothing but coverage); `error`, `crash`, `hang`: the run failed, died or took too long (all images DUE).
+    """
+
+    trial: int
+    status: Status
+    flips: int
+    unreachable: int
+    flips_sha: str
+    layer: str | None
+    bit: int | None
+    correct: int = 0
+    masked: int = 0
+    sdc1: int = 0
+    sdc5: int = 0
+    critical: int = 0
+    due: int = 0
+    logits_sha: str = ""
+    seconds: float = 0.0
+
+
+def digest(array: NDArray[np.float32]) -> str:
+    """16 hex digits of the sha256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+def run_trial(engine: TrialEngine, golden: Logits, job: Job, trial: int) -> Row:
+    """Run trial number `trial` of a job.
+
+    An exception of the backend while faults are in memory is an outcome (`error`); a ResqError, and
+    Python's own errors, are not, and go on to the caller.
+    """
+    start = time.perf_counter()
+    drawn = job.model.trial(job.space, job.seed, trial)
+    flips, lost = reach(engine, drawn.flips)
+    if lost and not flips:
+        return _row(trial, "unreachable", drawn, flips, lost, None, "", start)
+    try:
+        logits = engine.run(flips) if flips else golden
+    except Exception as error:
+        if isinstance(error, ResqError) or not _is_backends(error):
+            raise
+        return _row(trial, "error", drawn, flips, lost, failure(golden, job), "", start)
+    outcome = classify(golden, logits, job.labels)
+    return _row(trial, "ok", drawn, flips, lost, outcome, digest(logits), start)
+
+
+def failed_trial(golden: Logits, job: Job, trial: int, status: Status) -> Row:
+    """The row of a trial whose worker died (`crash`) or did not answer (`hang`)."""
+    drawn = job.model.trial(job.space, job.seed, trial)
+    return _row(trial, status, drawn, drawn.flips, 0, failure(golden, job), "", time.perf_counter())
+
+
+def failure(golden: Logits, job: Job) -> Outcome:
+    """No image got an answer: as if every logit were a NaN."""
+    return classify(golden, np.full_like(golden, np.nan), job.labels)
+
+
+def reach(engine: TrialEngine, flips: Flips) -> tuple[Flips, int]:
+    """The flips that the engine can make, and how many it cannot."""
+    if not isinstance(engine, Reaching) or not engine.unreachable(flips):
+        return flips, 0
+    parts: dict[str, TensorFlips] = {}
+    for name, part in flips.items():
+        kept = _reachable(engine, name, part)
+        parts[name] = TensorFlips(part.elements[kept], part.masks[kept])
+    left = Flips(parts)
+    return left, flips.count - left.count
+
+
+def _reachable(engine: Reaching, name: str, part: TensorFlips) -> NDArray[np.bool_]:
+    """Which elements of one tensor can be reached, by halving: the backend only says how many cannot."""
+    lost = engine.unreachable(Flips({name: part}))
+    if lost == 0 or part.elements.size == 1:
+        return np.full(part.elements.size, lost == 0)
+    if lost == int(np.bitwise_count(part.masks).sum()):
+        return np.zeros(part.elements.size, dtype=np.bool_)
+    middle = part.elements.size // 2
+    halves = (slice(None, middle), slice(middle, None))
+    found = [_reachable(engine, name, TensorFlips(part.elements[h], part.masks[h])) for h in halves]
+    return np.concatenate(found)
+
+
+def _is_backends(error: Exception) -> bool:
+    """Whether an exception comes from a runtime; a TypeError or KeyError would be a bug of ours."""
+    return isinstance(error, RuntimeError) or type(error).__module__ != "builtins"
+
+
+def _row(
+    trial: int,
+    status: Status,
+    drawn: Drawn,
+    flips: Flips,
+    lost: int,
+    outcome: Outcome | None,
+    logits_sha: str,
+    start: float,
+) -> Row:
+    o = outcome or Outcome(0, 0, 0, 0, 0, 0, 0)
+    return Row(
+        trial=trial,
+        status=status,
+        flips=flips.count,
+        unreachable=lost,
+        flips_sha=drawn.flips.digest()[:16],
+        layer=drawn.layer,
+        bit=drawn.bit,
+        correct=o.correct,
+        masked=o.masked,
+        sdc1=o.sdc1,
+        sdc5=o.sdc5,
+        critical=o.critical,
+        due=o.due,
+        logits_sha=logits_sha,
+        seconds=time.perf_counter() - start,
+    )
