@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from resq_deploy.quantization import MIN_SCALE, QMAX
 
 BITS = 8
+_TINY = 1e-30
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
@@ -112,14 +113,13 @@ def faulty_weights(
 
 @torch.no_grad()
 def clip_weights(network: nn.Module, bound: float) -> None:
-    """Clamp each weight to `bound` root mean squares of its output channel, in place (0: leave all
-    as they are).
+    """Clamp each weight to `bound` root mean squares of its output channel, in place; 0: do nothing.
 
-    RandBET (Stutz et al., MLSys 2021) clips to one +-w_max for the whole network. A flip's error
-    is a share of the
-    channel's max|w|, its harm is relative to the channel's typical weight, so what counts is their
-    ratio; bounding that
-    needs no w_max to tune, and BatchNorm makes up for the change of scale.
+    RandBET (Stutz et al., MLSys 2021) clips to one +-w_max for the whole network. A flip's error is
+    a share of the channel's max|w|, its harm is relative to the channel's typical weight, so what
+    counts is their ratio; bounding that needs no w_max to tune. The channel then gets its size back:
+    clipping alone, step after step, shrinks it, and with BatchNorm behind it a smaller weight takes
+    larger steps, until training runs away.
     """
     if bound <= 0:
         return
@@ -127,8 +127,10 @@ def clip_weights(network: nn.Module, bound: float) -> None:
         others = [dim for dim in range(weight.ndim) if dim != axis]
         if weight.numel() == weight.shape[axis]:
             continue  # one weight a channel: nothing to compare it with
-        limit = bound * weight.square().mean(dim=others, keepdim=True).sqrt()
-        weight.clamp_(-limit, limit)
+        before = weight.square().mean(dim=others, keepdim=True).sqrt()
+        weight.clamp_(-bound * before, bound * before)
+        after = weight.square().mean(dim=others, keepdim=True).sqrt()
+        weight.mul_(before / after.clamp_min(_TINY))
 
 
 class Sensitivity:
