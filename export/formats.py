@@ -55,10 +55,9 @@ def _members(file: Path) -> list[str]:
         return []
 
 
-def _damaged(file: Path, error: Exception) -> ModelError:
-    first = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+def _damaged(file: Path) -> ModelError:
     return ModelError(
-        f"{file} is not a model file, or a damaged one: {first}",
+        f"{file} is truncated, or not a model file",
         "save it again: torch.save(model.state_dict(), PATH), torch.jit.save or torch.export.save",
     )
 
@@ -69,7 +68,7 @@ def _torchscript(file: Path) -> Any:
         load: Any = torch.jit.load
         return load(str(file), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise _damaged(file, error) from error
+        raise _damaged(file) from error
 
 
 def _exported(file: Path, trust_pickle: bool) -> nn.Module:
@@ -79,7 +78,7 @@ def _exported(file: Path, trust_pickle: bool) -> nn.Module:
             program = torch.export.load(io.BytesIO(file.read_bytes()))
             return program.module()
     except Exception as error:  # torch.export raises many kinds, none of them documented
-        raise _damaged(file, error) from error
+        raise _damaged(file) from error
     raise _untrusted(file, found)
 
 
@@ -96,7 +95,7 @@ def _pickled(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
     except Exception as error:  # pickle may raise anything on bytes that are not its own
         foreign = _foreign(file)
         if not foreign:
-            raise _damaged(file, error) from error
+            raise _damaged(file) from error
         if not trust_pickle:
             raise _untrusted(file, f"a pickled object ({foreign})") from error
         body = _trusted(file)
@@ -121,7 +120,7 @@ def _trusted(file: Path) -> Any:
             f"{file} needs code that cannot be imported: {error}", "set PYTHONPATH to it"
         ) from error
     except Exception as error:  # the author's code may raise anything
-        raise _damaged(file, error) from error
+        raise _damaged(file) from error
 
 
 def _foreign(file: Path) -> str:

@@ -23,7 +23,7 @@ from resq_deploy.bundle import (
 )
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError
-from resq_deploy.export import describe, graph, qdq, rules, samples
+from resq_deploy.export import describe, graph, halves, qdq, rules, samples
 from resq_deploy.export.calibrate import calibrate
 from resq_deploy.export.load import load_model
 from resq_deploy.export.samples import Source
@@ -96,23 +96,25 @@ def export_model(
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
     plan = rules.plan(fp32)
     ranges = calibrate(fp32, plan.activations, samples.batches(drawn.calibration), reporter=say)
-    int8 = qdq.quantize_graph(fp32, ranges, where=plan)
-    graph.check(int8)
-    metrics = describe.compare(fp32, int8, drawn.held_out)
+    half = high_precision == "fp16"
+    int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
+    deployed = halves.to_fp16(int8) if half else int8
+    graph.check(deployed)
+    metrics = describe.compare(fp32, deployed, drawn.held_out)
 
     with BundleWriter(target, force=force) as writer:
         _save(fp32, writer.dir / FP32)
-        _save(int8, writer.dir / INT8)
+        _save(deployed, writer.dir / INT8)
         _save_sample(writer, EVAL, drawn.held_out)
         exposed = drawn.held_out.take(attack_samples)
         crafted = dict(_attacks(writer, fp32, int8, exposed, attacks, eps, seed, say))
-        engines = dict(_engines(writer, int8, targets, batch, sm, say))
+        engines = dict(_engines(writer, deployed, targets, batch, sm, say))
         return writer.finish(
             {
                 "name": _name(target),
                 "arch": loaded.arch,
                 "input": {
-                    "name": int8.graph.input[0].name,
+                    "name": deployed.graph.input[0].name,
                     "shape": loaded.input_shape,
                     "mean": loaded.mean,
                     "std": loaded.std,

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from resq_deploy import quantization
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold
+from resq_deploy.export.halves import as_half_scales
 from resq_deploy.export.rules import Plan, Weight, plan
 
 
@@ -62,15 +63,19 @@ def quantize_graph(
     where: Plan | None = None,
     weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
     codes: Mapping[str, NDArray[np.int8]] | None = None,
+    half_scales: bool = False,
 ) -> onnx.ModelProto:
     """The INT8 graph of an FP32 graph; the original is not touched.
 
     `ranges`: one per tensor of `activation_tensors(fp32)`. `weight_scales` (float32 [channels]) and
     `codes` (INT8, shaped as the weight) replace, by weight name, what quantization.py would choose.
+    `half_scales`: only scales that float16 can hold (see halves.py).
     Raises ModelError where a range, scale or code does not fit.
     """
     where = where or plan(fp32)
     scales = shared_scales(where, ranges)
+    if half_scales:
+        scales = {k: float(as_half_scales(np.asarray(v, np.float32))) for k, v in scales.items()}
     model = onnx.ModelProto()
     model.CopyFrom(fp32)
     arrays = fold.initializers(model.graph)
@@ -82,7 +87,11 @@ def quantize_graph(
         if node.name in weights:
             weight = weights[node.name]
             values = numpy_helper.to_array(arrays[weight.name])
-            chosen = _codes(weight, values, weight_scales or {}, codes or {})
+            scale = (weight_scales or {}).get(weight.name)
+            if scale is None:
+                scale = quantization.weight_scales(values, weight.axis)
+            scale = as_half_scales(scale) if half_scales else scale
+            chosen = _codes(weight, values, scale, (codes or {}).get(weight.name))
             node.input[1] = edited.weight(weight, *chosen)
         for position, name in enumerate(node.input):
             if (node.name, position) in where.reads:
@@ -100,20 +109,16 @@ def quantize_graph(
 def _codes(
     weight: Weight,
     values: NDArray[Any],
-    scales: Mapping[str, NDArray[np.float32]],
-    codes: Mapping[str, NDArray[np.int8]],
+    scale: NDArray[np.float32],
+    codes: NDArray[np.int8] | None,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    scale = scales.get(weight.name)
-    if scale is None:
-        scale = quantization.weight_scales(values, weight.axis)
     if scale.shape != (values.shape[weight.axis],) or not (scale > 0).all():
         raise ModelError(f"the scales of {weight.name} do not fit its output channels")
-    code = codes.get(weight.name)
-    if code is None:
-        code = quantization.quantize(values, scale, weight.axis)
-    if code.shape != values.shape or code.dtype != np.int8:
+    if codes is None:
+        codes = quantization.quantize(values, scale, weight.axis)
+    if codes.shape != values.shape or codes.dtype != np.int8:
         raise ModelError(f"the INT8 codes of {weight.name} do not have the weight's shape")
-    return code, scale
+    return codes, scale
 
 
 class _Edit:

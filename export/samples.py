@@ -61,7 +61,7 @@ def draw(
     train = _load(source, "train", model.input_shape, say)
     test = _load(judge, "test", model.input_shape, say)
     for dataset in (train, test):
-        _check_classes(dataset, len(model.classes))
+        _check_classes(dataset, model, say)
     calibration = train.take(calib_samples, seed)
     held_out = _unseen(test.take(eval_samples + len(calibration), seed + 1), calibration)
     if not len(held_out):
@@ -106,12 +106,20 @@ def _load(
     return source
 
 
-def _check_classes(dataset: data.Dataset, expected: int) -> None:
-    if len(dataset.classes) != expected:
+def _check_classes(dataset: data.Dataset, model: LoadedModel, reporter: Reporter) -> None:
+    if len(dataset.classes) != len(model.classes):
         raise DataError(
-            f"{dataset.name} has {len(dataset.classes)} classes, the network {expected}",
+            f"{dataset.name} has {len(dataset.classes)} classes, the network {len(model.classes)}",
             "choose the data it was trained on",
         )
+    numbers = tuple(map(str, range(len(model.classes))))
+    if model.form == "checkpoint" and dataset.classes != model.classes:
+        pair = f"{dataset.classes[0]!r} where the network has {model.classes[0]!r}"
+        if numbers not in (dataset.classes, model.classes):
+            raise DataError(
+                f"{dataset.name} has other classes: {pair}", "choose the data it was trained on"
+            )
+        reporter.warn(f"{dataset.name} names its classes otherwise: {pair}")
 
 
 def _unseen(test: data.Dataset, calibration: data.Dataset) -> Sample:
