@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import platform
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from onnx import helper, numpy_helper
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError, ModelError
-from resq_deploy.faults import Flips, Memory, flipped
+from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.forms import MS, Lowered
 from resq_deploy.runtime.graph import Arrays, Graph
@@ -39,6 +39,7 @@ from resq_deploy.runtime.segments import (
     open_session,
     run_segment,
     session_options,
+    tensor_types,
 )
 
 CHUNK = 16  # images a thread takes at once
@@ -46,6 +47,8 @@ _WIDE = 2**15  # from so many values of one layer on, the patches of few images 
 _FEW, _MANY = 2, 8  # images at once in wide layers, and in the others
 
 Changed = dict[str, NDArray[Any]]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class OrtRunner(Runner):
@@ -67,8 +70,10 @@ class OrtRunner(Runner):
         self._model = model
         self._pool = ThreadPoolExecutor(self.threads)
         self.lowered: Lowered | None = None
+        self.types: Mapping[str, int] = {}
         if self.mode == "lowered":
             self.lowered = lower_graph(self.graph)
+            self.types = tensor_types(self.lowered)
         self._split = True
         self._last = self.graph.outputs[0].name
         shape = _image_shape(self.graph)
@@ -78,6 +83,7 @@ class OrtRunner(Runner):
             self._golden = self._active = self._build({}, None)
         classes = self._infer(np.zeros((1, *shape), np.float32)).shape[-1]
         super().__init__(fault_space(model), shape, int(classes))
+        self._sums = {m.name: _checksum(m.value) for m in self.space.memories}
 
     @classmethod
     def open(
@@ -109,30 +115,38 @@ class OrtRunner(Runner):
     def _infer(self, images: Images) -> Logits:
         chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
         plan = self._active
-        run = self._pool.map if len(chunks) > 1 and self.threads > 1 else map
         name = self.graph.inputs[0].name
-        parts = list(run(lambda chunk: plan.run({name: chunk})[self._last], chunks))
+        parts = self.each(lambda chunk: plan.run({name: chunk})[self._last], chunks)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     @contextmanager
     def _inject(self, flips: Flips) -> Iterator[None]:
-        golden = {name: self.space.by_name[name] for name in flips}
-        before = _checksum(golden)
         try:
             self._active = self.faulty_plan(self.changed(flips))
             yield
         finally:
             self._active = self._golden
-            if _checksum(golden) != before:
-                raise BackendError("golden weights were changed during a trial")
+            self.check_golden(flips)
 
     def changed(self, flips: Flips) -> Changed:
-        """The tensors of a trial with their bits flipped, each counted. Raises BackendError."""
-        arrays = {n: flipped(self.space.by_name[n], f) for n, f in flips.items()}
-        count = sum(_differing_bits(self.space.by_name[n].value, a) for n, a in arrays.items())
-        if count != flips.count:
-            raise BackendError(f"{flips.count} bits were to be flipped, {count} were")
+        """The tensors of a trial with their bits flipped. Raises BackendError where a bit was not."""
+        arrays = {}
+        for name, part in flips.items():
+            memory = self.space.by_name[name]
+            arrays[name] = flipped(memory, part)
+            kind = part.masks.dtype
+            old, new = (
+                v.reshape(-1).view(kind)[part.elements] for v in (memory.value, arrays[name])
+            )
+            if not np.array_equal(old ^ new, part.masks):
+                raise BackendError(f"bits of {name} did not flip")
         return arrays
+
+    def check_golden(self, names: Iterable[str]) -> None:
+        """Compare the golden bytes of these tensors with their checksums. Raises BackendError."""
+        for name in names:
+            if _checksum(self.space.by_name[name].value) != self._sums[name]:
+                raise BackendError(f"golden bytes of {name} were changed during a trial")
 
     def weights_only(self, changed: Mapping[str, Any]) -> bool:
         """Whether only INT8 codes change: then the lowered graph keeps its shape and its constants."""
@@ -156,9 +170,8 @@ class OrtRunner(Runner):
             return self._build_whole(changed)
         assert self.lowered is not None
         lowered = self.relowered(changed) if golden else self.lowered
-        types = golden.segments[0].types if golden else None
         starts, chunks = _blocks(lowered) if self._split else ([], (CHUNK,))
-        segments = cut(lowered, starts, types)
+        segments = cut(lowered, starts, self.types_of(lowered))
         kept: list[ort.InferenceSession | None] = [None] * len(segments)
         if golden and len(golden.segments) == len(segments):
             kept = [
@@ -167,11 +180,26 @@ class OrtRunner(Runner):
                     golden.segments, golden.sessions, segments, strict=True
                 )
             ]
-        built = self._pool.map(
-            lambda pair: pair[1] or pair[0].build(lowered.arrays),
-            list(zip(segments, kept, strict=True)),
-        )
-        return _Plan(segments, tuple(built), chunks)
+        pairs = list(zip(segments, kept, strict=True))
+        built = self.each(lambda pair: pair[1] or pair[0].build(lowered.arrays), pairs)
+        return _Plan(segments, built, chunks)
+
+    def types_of(self, lowered: Lowered) -> Mapping[str, int]:
+        """Element types of the tensors of a graph that was lowered again."""
+        known = all(n in self.types for node in lowered.nodes for n in node.output if n)
+        return self.types if known else tensor_types(lowered)
+
+    def each(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """Do this for each item, in this runner's threads; results in order."""
+        if self.threads == 1 or len(items) < 2:
+            return [work(item) for item in items]
+        return list(self._pool.map(work, items))
+
+    def part_sizes(self, segments: Sequence[Segment]) -> list[int]:
+        """How many images at once a full run gives to each of these finer segments."""
+        plan = self._golden
+        starts = [s.begin for s in plan.segments]
+        return [plan.chunks[bisect_right(starts, s.begin) - 1] for s in segments]
 
     def _build_whole(self, changed: Changed) -> _Plan:
         model = onnx.ModelProto()
@@ -305,17 +333,14 @@ def _image_shape(graph: Graph) -> tuple[int, int, int]:
 
 
 def _sign_flips(memory: Memory, count: int) -> Flips:
-    from resq_deploy.faults import TensorFlips
-
     size = memory.value.size
     elements = np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
     return Flips({memory.name: TensorFlips(elements, np.full(elements.size, 128, np.uint8))})
 
 
-def _differing_bits(a: NDArray[Any], b: NDArray[Any]) -> int:
-    x, y = (v.reshape(-1).view(f"u{v.dtype.itemsize}") for v in (a, b))
-    return int(np.bitwise_count(x ^ y).sum())
-
-
-def _checksum(memories: Mapping[str, Memory]) -> dict[str, int]:
-    return {name: zlib.crc32(memory.value.data) for name, memory in memories.items()}
+def _checksum(array: NDArray[Any]) -> int:
+    """Sum of the bytes as 64-bit words, modulo 2**64: one flipped bit always shows."""
+    raw = array.reshape(-1).view(np.uint8)
+    whole = raw.size // 8 * 8
+    total = int(raw[:whole].view(np.uint64).sum(dtype=np.uint64))
+    return (total + int.from_bytes(raw[whole:].tobytes(), "little")) % 2**64

@@ -37,13 +37,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive nodes of a lowered graph; tensors go in and out, parameters belong to it."""
+    """Consecutive nodes of a lowered graph, from node `begin` on; tensors go in and out."""
 
     nodes: tuple[onnx.NodeProto, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     types: Mapping[str, int]
     opsets: tuple[onnx.OperatorSetIdProto, ...]
+    begin: int = 0
 
     @cached_property
     def params(self) -> tuple[str, ...]:
@@ -115,20 +116,12 @@ def open_session(model: bytes, options: ort.SessionOptions) -> ort.InferenceSess
         raise BackendError(f"ONNX Runtime refuses the model: {error}") from error
 
 
-def cut(
-    lowered: Lowered, starts: Sequence[int], types: Mapping[str, int] | None = None
-) -> tuple[Segment, ...]:
-    """Cut a lowered graph before the nodes at these places.
-
-    `types`: element types of tensors that may cross a cut, as `tensor_types` gives them.
-    """
+def cut(lowered: Lowered, starts: Sequence[int], types: Mapping[str, int]) -> tuple[Segment, ...]:
+    """Cut a lowered graph before the nodes at these places; `types` as from `tensor_types`."""
     bounds = [0, *sorted({s for s in starts if s}), len(lowered.nodes)]
     spans = list(pairwise(bounds))
     made, read = _uses(lowered, spans)
     ends = {o.name for o in lowered.graph.outputs}
-    crossing = [n for n, at in made.items() if n and read.get(n, -1) > at]
-    if types is None or any(name not in types for name in crossing):
-        types = tensor_types(lowered, crossing)
     versions = tuple(opsets(lowered.graph))
     segments = []
     for index, (begin, end) in enumerate(spans):
@@ -137,7 +130,7 @@ def cut(
         wanted = dict.fromkeys(name for node in nodes for name in node.input)
         outside = [n for n in wanted if n in types and made.get(n, -1) < index]
         out = [n for n in here if read.get(n, -1) > index or n in ends]
-        segments.append(Segment(nodes, tuple(outside), tuple(out), types, versions))
+        segments.append(Segment(nodes, tuple(outside), tuple(out), types, versions, begin))
     return tuple(segments)
 
 
@@ -154,18 +147,18 @@ def _uses(
     return made, read
 
 
-def tensor_types(lowered: Lowered, names: Iterable[str]) -> dict[str, int]:
-    """Element types of the graph's inputs, outputs and these tensors, as ONNX Runtime infers them."""
+def tensor_types(lowered: Lowered) -> dict[str, int]:
+    """Element types of all tensors of a lowered graph, as ONNX Runtime infers them."""
     model = lowered.model()
     have = {o.name for o in model.graph.output}
-    extra = (name for name in names if name not in have)
-    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in extra)
+    names = [n for node in lowered.nodes for n in node.output if n and n not in have]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names)
     options = session_options(1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = open_session(model.SerializeToString(), options)
     infos = (*session.get_inputs(), *session.get_outputs())
-    return {info.name: _TYPES[info.type] for info in infos}
+    return {info.name: _TYPES.get(info.type, onnx.TensorProto.UNDEFINED) for info in infos}
 
 
 def run_segment(segment: Segment, session: ort.InferenceSession, live: Tensors) -> Tensors:
