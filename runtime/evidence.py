@@ -1,0 +1,144 @@
+"""From what was run to what is reported: names of figures, and the report's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from resq_deploy import __version__
+from resq_deploy.budget import format_eps
+from resq_deploy.bundle import INT8, MANIFEST, Bundle, sha256_of
+from resq_deploy.faults import FaultSpace
+from resq_deploy.manifest import Attack
+from resq_deploy.report.model import Campaign, Cell, Figure, Subject, Vulnerability
+from resq_deploy.runtime.figures import CampaignResult
+from resq_deploy.statistics import Estimate
+
+SHARES = ("accuracy", "masked", "sdc1", "sdc5", "critical", "due")
+
+
+def fault_label(model: str) -> str:
+    """A fault model's name as figures carry it: `ber:0.0001` -> `ber=1e-4`, `mbu:4` as it is."""
+    word, _, argument = model.partition(":")
+    return f"ber={rate_text(float(argument))}" if word == "ber" else model
+
+
+def rate_text(rate: float) -> str:
+    """A rate as people write it: 0.0001 -> `1e-4`, 0.0025 -> `2.5e-3`."""
+    mantissa, _, exponent = f"{rate:.6e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def attack_label(attack: Attack) -> str:
+    """A stored attack's name as figures carry it: `pgd,eps=8/255`, `apgd,eps=0.5,norm=l2`."""
+    norm = "" if attack.norm == "linf" else f",norm={attack.norm}"
+    return f"{attack.attack},eps={format_eps(attack.eps)}{norm}"
+
+
+def campaign_names(model: str, on: str = "clean") -> dict[str, str]:
+    """Share -> name of the figure, for a campaign on clean images or on those of the attack `on`."""
+    label = fault_label(model)
+    if on == "clean":
+        return {share: f"{share}@{label}" for share in SHARES}
+    return {s: f"{'robust' if s == 'accuracy' else s}@{on}@{label}" for s in SHARES}
+
+
+def figure(estimate: Estimate) -> Figure:
+    """An estimate as the report has it."""
+    return Figure(**asdict(estimate))
+
+
+def campaign(result: CampaignResult, on: str) -> Campaign:
+    """A campaign as the report has it."""
+    return Campaign(
+        fault=fault_label(result.fault),
+        where=result.where,
+        on=on,
+        locations=result.locations,
+        trials=result.trials,
+        images=result.images,
+        flips=result.flips,
+        unreachable=result.unreachable,
+        **{share: figure(getattr(result, share)) for share in SHARES},
+        accuracy_quantiles=result.accuracy_quantiles,
+        layers=_rows(result.layers),
+        bits=_rows(result.bits),
+        cells=tuple(
+            Cell(layer=c.layer, bit=c.bit, trials=c.trials, sdc1=c.sdc1) for c in result.cells
+        ),
+        stopped=result.stopped,
+        seconds=result.seconds,
+        images_per_second=result.images_per_second,
+        execution={
+            **result.execution,
+            "golden_accuracy": result.golden_accuracy,
+            "failed": result.failed,
+            "missed": result.missed,
+            "digest": result.digest,
+        },
+    )
+
+
+def _rows(found: Iterable[Any]) -> tuple[Vulnerability, ...]:
+    return tuple(
+        Vulnerability(name=v.name, locations=v.locations, trials=v.trials, sdc1=figure(v.sdc1))
+        for v in found
+    )
+
+
+def subject(bundle: Bundle, space: FaultSpace) -> Subject:
+    """The artifact, by its hashes and sizes."""
+    weights = [m for m in space.memories if m.kind == "weights"]
+    return Subject(
+        name=bundle.manifest.name,
+        arch=bundle.manifest.arch,
+        int8_sha256=bundle.manifest.files[INT8].sha256,
+        manifest_sha256=sha256_of(bundle.path / MANIFEST),
+        schema_version=bundle.manifest.schema_version,
+        input_shape=bundle.manifest.input.shape,
+        classes=len(bundle.manifest.classes),
+        weights=sum(m.value.size for m in weights),
+        weight_bits=sum(m.value.size * m.width for m in weights),
+    )
+
+
+def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[str, ...]:
+    """What this validation did not look at, in sentences a reader of the report needs."""
+    memory: dict[str, int] = {}
+    inside = {m.name for m in space.memories}
+    for m in whole.memories:
+        if m.name not in inside:
+            memory[m.kind] = memory.get(m.kind, 0) + m.value.size * m.width
+    said = [
+        f"No faults in {bits:,} bits of other weight memory ({kind}); --where {kind}."
+        for kind, bits in memory.items()
+    ]
+    said += [
+        f"{op.node} ({op.op}) runs in high precision: {op.reason}."
+        for op in bundle.manifest.quantization.float_ops
+    ]
+    for name, engine in bundle.manifest.engines.items():
+        covered = "not mapped" if engine.coverage is None else f"{engine.coverage:.2%} mapped"
+        said.append(f"The engine {name} ({engine.backend}, {covered}) was not run here.")
+    said.append("Activations, instructions and control logic: faults are in weight memory only.")
+    return tuple(said)
+
+
+def provenance(
+    settings: Mapping[str, Any], command: Iterable[str], bundle: Bundle
+) -> dict[str, Any]:
+    """What it takes to run this validation again."""
+    return {
+        "resq_deploy": __version__,
+        "numpy": np.__version__,
+        "command": list(command),
+        "settings": dict(settings),
+        "export": {
+            "command": list(bundle.manifest.provenance.command),
+            "versions": bundle.manifest.provenance.versions,
+            "seed": bundle.manifest.provenance.seed,
+        },
+    }
