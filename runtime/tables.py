@@ -1,0 +1,128 @@
+"""What `resq` prints: tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from resq_deploy.bundle import Bundle
+from resq_deploy.report import words
+from resq_deploy.runtime.contents import Check, Layer
+from resq_deploy.runtime.plan import PlanMap
+
+_DASH = "\u2013"
+
+
+def console() -> Console:
+    """Standard output, without highlighting."""
+    return Console(highlight=False)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
+    """A plain table; the first `left` columns are text and may wrap, the others are figures."""
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for index, name in enumerate(head):
+        text = index < left
+        drawn.add_column(
+            name,
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=not text,
+        )
+    for row in rows:
+        drawn.add_row(*(Text(str(cell)) for cell in row))
+    return drawn
+
+
+def contents(bundle: Bundle, found: Sequence[Layer], shown: int, measured: bool) -> Iterable[Any]:
+    """A bundle in short, and its most sensitive layers."""
+    manifest = bundle.manifest
+    metrics = manifest.metrics
+    size = "x".join(map(str, manifest.input.shape))
+    yield Text(
+        f"{manifest.name}: {manifest.arch}, input {size}, {len(manifest.classes)} classes", "bold"
+    )
+    yield Text(
+        f"accuracy on {metrics.samples:,} images: FP32 {metrics.fp32_accuracy:.2%}, "
+        f"INT8 {metrics.int8_accuracy:.2%}, same answer {metrics.agreement:.2%}"
+    )
+    yield Text(_adjusted(bundle))
+    for kind, names in (("attacks", manifest.attacks), ("engines", manifest.engines)):
+        yield Text(f"{kind}: {', '.join(names) or 'none'}")
+    yield Text("")
+    yield layer_table(found[:shown], measured)
+    if len(found) > shown:
+        yield Text(f"... and {len(found) - shown} more: --all", "dim")
+    for op in manifest.quantization.float_ops:
+        yield Text(f"in floating point: {op.node} ({op.op}), {op.reason}")
+
+
+def layer_table(found: Iterable[Layer], measured: bool) -> Table:
+    """Layers with their sizes and sensitivities."""
+    head = ["layer", "op", "shape", "SQNR dB", "sign flip"]
+    rows: list[list[str]] = []
+    for layer in found:
+        row = [layer.layer, layer.op, "x".join(map(str, layer.shape))]
+        row += [f"{layer.sqnr_db:.1f}" if layer.sqnr_db is not None else _DASH]
+        row += [f"{layer.sign_flip:.3f}"]
+        if measured:
+            row += [words.percent(layer.sdc1, 3) if layer.sdc1 is not None else _DASH]
+        rows.append(row)
+    return table([*head, "SDC-1"] if measured else head, rows, left=3)
+
+
+def scales(bundle: Bundle) -> Iterable[Any]:
+    """Every scale: of weights by their range over channels, of activations with the method that chose it."""
+    quantization = bundle.manifest.quantization
+    weights = [
+        (name, len(w.scale), f"{min(w.scale):.4g}", f"{max(w.scale):.4g}")
+        for name, w in quantization.weights.items()
+    ]
+    yield table(("weights", "scales", "least", "largest"), weights)
+    yield Text("")
+    activations = [
+        (name, a.method, f"{a.low:.3g}", f"{a.high:.3g}", f"{a.scale:.4g}")
+        for name, a in quantization.activations.items()
+    ]
+    yield table(("activation", "method", "low", "high", "scale"), activations)
+
+
+def check(path: Path, found: Check) -> Iterable[Any]:
+    """What `resq verify` has to say."""
+    yield Text(
+        f"{path}: {found.files} files, {words.count(found.size)} bytes, as the manifest says"
+    )
+    yield Text(f"signature: {found.signature}" + (f", key {found.key}" if found.key else ""))
+    for name, coverage in found.engines.items():
+        yield Text(f"engine {name}: {coverage:.2%} of its weights located")
+    for name in found.unlisted:
+        yield Text(f"not in the manifest, and never read: {name}")
+
+
+def plan(name: str, found: PlanMap) -> Iterable[Any]:
+    """Where a plan keeps each tensor."""
+    yield Text(
+        f"{name}: {words.count(found.size)} bytes, {found.coverage:.2%} of the weights located",
+        "bold",
+    )
+    rows = [(n, p.layout, p.offset, words.count(p.located)) for n, p in found.tensors.items()]
+    yield table(("tensor", "layout", "offset", "located"), rows, left=2)
+    for tensor, lost in found.unlocated.items():
+        yield Text(f"not located: {tensor}, {lost.reason}")
+
+
+def _adjusted(bundle: Bundle) -> str:
+    adjustment = bundle.manifest.adjustment
+    if not adjustment.applied:
+        return "stage III: not applied"
+    ber = (
+        f" for a bit error rate of {words.rate(adjustment.design_ber)}"
+        if adjustment.design_ber
+        else ""
+    )
+    return f"stage III: {len(adjustment.steps)} steps{ber}"
