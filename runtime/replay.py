@@ -1,0 +1,76 @@
+"""Run one trial of a journal again: the same bits, the same images, and whether the logits are the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resq_deploy.bundle import INT8, Bundle, Sample
+from resq_deploy.errors import CampaignError
+from resq_deploy.fault_lists import read_fault_list
+from resq_deploy.fault_models import FaultModel, parse
+from resq_deploy.runtime import evidence, journal
+from resq_deploy.runtime.engines import engine_of
+from resq_deploy.runtime.images import labelled
+from resq_deploy.runtime.runner import open_runner
+from resq_deploy.runtime.settings import Settings
+from resq_deploy.runtime.trials import Job
+from resq_deploy.runtime.validate import CLEAN, JOURNAL, TRIAL_IMAGES, campaign_key
+
+
+def replay_trial(
+    path: str | os.PathLike[str],
+    trial: int,
+    *,
+    campaign: str | None = None,
+    bundle: str | os.PathLike[str] | None = None,
+) -> journal.Replay:
+    """Replay trial number `trial` of a journal, or of the report folder that holds it.
+
+    `campaign`: its name in the journal (`seu`, `ber:0.0001`; default: the only one). `bundle`: where the
+    bundle lies now (default: where it lay). Raises CampaignError where there is no such trial, or the
+    bundle is not the one that the journal belongs to.
+    """
+    place = Path(path) / JOURNAL if Path(path).is_dir() else Path(path)
+    with journal.Journal.read(place) as book:
+        name = _chosen(book.campaigns(), campaign)
+        settings = Settings(**_tuples(book.context["settings"]))
+        opened = Bundle.open(bundle or book.context["bundle"])
+        if opened.manifest.files[INT8].sha256 != book.identity["int8"]:
+            raise CampaignError(f"{opened.path} is not the bundle that {place} belongs to")
+        model, images = _subject(name, settings, opened)
+        with open_runner(opened, settings.backend) as runner:
+            space = runner.space.select(settings.where, settings.layers, settings.bits)
+            job = Job(model, space, settings.seed, images.labels)
+            log = book.campaign(name, book.campaigns()[name])
+            return journal.replay(log, engine_of(runner, images.images), job, trial)
+
+
+def _chosen(found: Mapping[str, Any], wanted: str | None) -> str:
+    """The campaign of this name; a bit error rate may be written as figures have it."""
+    if wanted is None and len(found) == 1:
+        return next(iter(found))
+    names = {**{evidence.fault_label(name): name for name in found}, **{n: n for n in found}}
+    if wanted not in names:
+        what = "which campaign?" if wanted is None else f"no campaign {wanted!r} in this journal"
+        raise CampaignError(what, f"one of: {', '.join(found) or 'none was begun'}")
+    return names[wanted]
+
+
+def _subject(name: str, settings: Settings, bundle: Bundle) -> tuple[FaultModel, Sample]:
+    """The fault model and the images of a campaign."""
+    text, _, on = name.partition(" on ")
+    model = read_fault_list(settings.fault_list or "") if text.startswith("list:") else parse(text)
+    if model.name != text:
+        raise CampaignError(f"the fault list {settings.fault_list} was changed since")
+    images = labelled(bundle, settings.data)
+    if on and on != CLEAN:
+        stored = {evidence.attack_label(a): n for n, a in bundle.manifest.attacks.items()}
+        images, _ = bundle.attack_sample(stored[on])
+    return model, images.take(settings.samples or TRIAL_IMAGES)
+
+
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
