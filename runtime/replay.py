@@ -17,7 +17,7 @@ from resq_deploy.runtime.images import labelled
 from resq_deploy.runtime.runner import open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.trials import Job
-from resq_deploy.runtime.validate import CLEAN, JOURNAL, TRIAL_IMAGES, campaign_key
+from resq_deploy.runtime.validate import CLEAN, JOURNAL, TRIAL_IMAGES
 
 
 def replay_trial(
