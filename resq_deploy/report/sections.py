@@ -75,7 +75,7 @@ def summary(report: Report) -> Safe:
         )
     if report.attacks:
         hard = min(report.attacks, key=lambda a: a.robust.mean)
-        tiles.append(_tile("Attack", f"robust accuracy, {hard.name}", hard.robust))
+        tiles.append(_tile("Attack", f"robust accuracy, {words.attack_name(hard)}", hard.robust))
     joint = [c for c in report.campaigns if c.on != "clean"]
     if joint:
         both = min(joint, key=lambda c: c.accuracy.mean)
@@ -178,7 +178,7 @@ def attacks(report: Report) -> Safe:
     """Each attack, and the matrix of attacks and faults."""
     rows = [
         (
-            a.name,
+            words.attack_name(a),
             words.both(a.robust),
             words.both(a.success),
             words.budget(a.norm, a.eps),
@@ -188,7 +188,7 @@ def attacks(report: Report) -> Safe:
     ]
     if not rows:
         return Safe("")
-    warned = [f"{a.name}: {text}" for a in report.attacks for text in a.warnings]
+    warned = [f"{words.attack_name(a)}: {text}" for a in report.attacks for text in a.warnings]
     return section(
         "attacks",
         "Attacks",
@@ -277,20 +277,34 @@ def stacked(figure: Figure) -> Child:
 
 def _series(report: Report) -> list[Series]:
     bases: dict[str, Figure] = {"clean": report.accuracy}
-    bases |= {a.name: a.robust for a in report.attacks}
+    bases |= {words.attack_name(a): a.robust for a in report.attacks}
     lines = []
     for on in dict.fromkeys(c.on for c in report.campaigns):
+        swept = [c for c in report.campaigns if c.on == on and words.bit_error_rate(c.fault)]
         points = [
-            Point(rate, c.accuracy, _quantiles(c))
-            for c in report.campaigns
-            if c.on == on and (rate := words.bit_error_rate(c.fault))
+            Point(words.bit_error_rate(c.fault) or 0, c.accuracy, _quantiles(c)) for c in swept
         ]
-        if points and on in bases:
-            points.append(Point(0.0, bases[on]))
+        if start := _without_faults(swept, bases.get(on)):
+            points.append(Point(0.0, start))
         if points:
             name = "unaltered images" if on == "clean" else f"under {on}"
             lines.append(Series(name, tuple(sorted(points, key=lambda p: p.rate))))
     return lines
+
+
+def _without_faults(swept: Sequence[Campaign], otherwise: Figure | None) -> Figure | None:
+    """Where a line starts: the same images without faults, as the campaigns saw them."""
+    for campaign in swept:
+        if (golden := words.golden_accuracy(campaign)) is not None:
+            return Figure(
+                mean=golden,
+                low=golden,
+                high=golden,
+                confidence=0.95,
+                method="golden run",
+                n=campaign.images,
+            )
+    return otherwise if swept else None
 
 
 def _quantiles(campaign: Campaign) -> tuple[float, float] | None:
@@ -309,7 +323,7 @@ def _spread(point: Point) -> str:
 def _joint(report: Report) -> Child:
     """Rows: no attack, and each attack. Columns: no fault, and each fault. Cells: accuracy."""
     cells: dict[tuple[str, str], Figure] = {("clean", ""): report.accuracy}
-    cells |= {(a.name, ""): a.robust for a in report.attacks}
+    cells |= {(words.attack_name(a), ""): a.robust for a in report.attacks}
     cells |= {(c.on, c.fault): c.accuracy for c in report.campaigns}
     faults = ["", *dict.fromkeys(c.fault for c in report.campaigns if c.on != "clean")]
     if len(faults) == 1:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from resq_deploy.report.model import Campaign, Figure, Report
+from resq_deploy.budget import format_eps
+from resq_deploy.report.model import AttackResult, Campaign, Figure, Report
 
 OUTCOMES = {
     "masked": "The logits are the same to the last bit: the fault left no trace.",
@@ -36,6 +37,7 @@ GLOSSARY = {
     "interval": "Where the true figure lies, at the stated confidence, given how much was measured.",
     "bit 7": "The most significant bit of an INT8 weight, its sign; bit 0 is the least significant.",
 }
+_NORMS = {"linf": "L-inf", "l2": "L2"}
 _FIXED_FAULTS = {
     "seu": "one random bit flipped",
     "sbu": "one random bit flipped",
@@ -133,10 +135,19 @@ def fault_words(fault: str) -> str:
 
 def budget(norm: str, eps: float) -> str:
     """An attack's budget in pixels of [0, 1]: `L-inf 8/255`, `L2 0.5`."""
-    steps = round(eps * 255)
-    whole = steps > 0 and norm == "linf" and math.isclose(eps * 255, steps, rel_tol=1e-4)
-    name = {"linf": "L-inf", "l2": "L2"}.get(norm, norm)
-    return f"{name} {steps}/255" if whole else f"{name} {eps:.4g}"
+    return f"{_NORMS.get(norm, norm)} {format_eps(eps)}"
+
+
+def attack_name(attack: AttackResult) -> str:
+    """An attack as figures name it: `pgd,eps=8/255`, `apgd,eps=0.5,norm=l2`."""
+    norm = "" if attack.norm == "linf" else f",norm={attack.norm}"
+    return f"{attack.attack},eps={format_eps(attack.eps)}{norm}"
+
+
+def golden_accuracy(campaign: Campaign) -> float | None:
+    """Accuracy on a campaign's images without faults, where it was kept."""
+    found = campaign.execution.get("golden_accuracy")
+    return float(found) if isinstance(found, int | float) and 0 <= found <= 1 else None
 
 
 def where_words(where: Mapping[str, Any]) -> str:
@@ -189,7 +200,7 @@ def findings(report: Report) -> list[str]:
     ]
     said += _fault_findings(report)
     said += [
-        f"Under the attack {attack.name} it still classifies {both(attack.robust)} correctly."
+        f"Under the attack {attack_name(attack)} it still classifies {both(attack.robust)} correctly."
         for attack in sorted(report.attacks, key=lambda a: a.robust.mean)[:1]
     ]
     joint = [c for c in report.campaigns if c.on != "clean"]
@@ -204,10 +215,12 @@ def findings(report: Report) -> list[str]:
 def _fault_findings(report: Report) -> list[str]:
     said = []
     if (least := worst(report)) is not None:
-        change = points(least.accuracy.mean - report.accuracy.mean)
+        golden = golden_accuracy(least)
+        start = report.accuracy.mean if golden is None else golden
+        change = points(least.accuracy.mean - start)
         said.append(
             f"With {fault_words(least.fault)} it classifies {both(least.accuracy)} correctly, "
-            f"{change} against no fault."
+            f"{change} against the same images without faults."
         )
     for campaign in report.campaigns:
         if campaign.on == "clean" and campaign.fault in ("seu", "sbu"):

@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demands = (*example.DEMANDS, "accuracy >= 0.919", "high(sdc1@seu) < 0.01%")
     whole = example.report(demands)
     some = tuple(
-        c for c in whole.campaigns if c.on != example.ATTACKS[0] and c.fault in ("seu", "ber:0.01")
+        c for c in whole.campaigns if c.on != example.ATTACKS[0] and c.fault in ("seu", "ber=1e-2")
     )
     return write_report(
         whole.model_copy(update={"campaigns": some}), tmp_path_factory.mktemp("report")

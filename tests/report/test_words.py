@@ -52,7 +52,7 @@ def test_faults(fault: str, name: str, what: str) -> None:
 
 def test_budgets() -> None:
     assert words.budget("linf", 8 / 255) == "L-inf 8/255"
-    assert words.budget("linf", 0.03) == "L-inf 0.03"
+    assert words.budget("linf", 0.0301) == "L-inf 0.0301"
     assert words.budget("l2", 0.5) == "L2 0.5"
 
 
@@ -79,7 +79,7 @@ def test_findings_name_the_worst() -> None:
     said = "\n".join(words.findings(example.report()))
     assert "92.0% (90.3\u201393.7%) of 1,000 images" in said
     assert "probability of 1e-2" in said
-    assert "\u221218.4 points" in said
+    assert "\u221218.5 points" in said
     assert "conv1 " in said
     assert "bit position 7" in said
     assert "pgd,eps=8/255" in said
