@@ -220,9 +220,9 @@ def _reader(node: onnx.NodeProto, arrays: Mapping[str, NDArray[Any]], seen: Mome
     else:
         flat = weight.reshape(*weight.shape[:2], -1)
         largest, energy = np.abs(flat).max(axis=2), np.square(flat).sum(axis=2)
-    parts = (torch.from_numpy(np.ascontiguousarray(a)) for a in (largest, energy))
-    power, peak = torch.from_numpy(seen.power()), torch.from_numpy(seen.peak.copy())
-    return _Reader(*parts, power, peak, int(np.prod(weight.shape[2:])))
+    tensor = torch.from_numpy
+    taps = int(np.prod(weight.shape[2:]))
+    return _Reader(tensor(largest), tensor(energy), tensor(seen.power()), tensor(seen.peak), taps)
 
 
 def _solve(readers: Sequence[_Reader], channels: int, flips: float) -> tuple[NDArray[Any], float]:

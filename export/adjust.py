@@ -1,0 +1,244 @@
+"""RESQ stage III after training: an INT8 graph that keeps FP32's answers, also when bits of its weights flip.
+
+    1 equalize   channels are rescaled so that a flip moves less (equalize.py); the ranges are calibrated anew
+    2 distill    codes and biases learn FP32's logits, golden and flipped, on clean and adversarial images (distill.py)
+    3 guard      each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
+
+Needed are some hundred unlabelled images and no training loop over a training set. docs/stage-3.md
+has the equations, and what was tried and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from resq_deploy.bundle import Sample
+from resq_deploy.console import Reporter
+from resq_deploy.errors import DataError
+from resq_deploy.export import fold, qdq, rules
+from resq_deploy.export.calibrate import Probe, Range, calibrate
+from resq_deploy.export.craft import craft
+from resq_deploy.export.distill import Recipe, distill
+from resq_deploy.export.equalize import Moments, equalize, groups, tensors
+from resq_deploy.export.guard import Guard, Scores, objections
+from resq_deploy.export.twin import Twin
+from resq_deploy.manifest import Adjustment
+from resq_deploy.metrics import top1
+
+Images = NDArray[np.float32]
+
+DESIGN_BER = 1e-3
+EPS = 8 / 255
+_LEAST = 16  # images: fewer cannot be split into learning and held-out ones
+_HELD_OUT = 0.25
+_WORK = 2.5e13  # multiply-accumulates that distillation may take: minutes on two cores
+_STEPS = (40, 240)
+_HEAVY = 1e8  # multiply-accumulates per image: above, attacks are made for fewer images
+_PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One graph that may be deployed: what was done to it, and how it scored."""
+
+    name: str
+    model: onnx.ModelProto
+    ranges: Mapping[str, Range]
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adjusted:
+    """What stage III made of a graph: the graph, its activation ranges, and the record for the manifest."""
+
+    model: onnx.ModelProto
+    ranges: Mapping[str, Range]
+    record: Adjustment
+
+
+def adjust(
+    int8: onnx.ModelProto,
+    fp32: onnx.ModelProto,
+    images: Images,
+    *,
+    ranges: Mapping[str, Range],
+    design_ber: float = DESIGN_BER,
+    eps: float = EPS,
+    seed: int = 0,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> Adjusted:
+    """Adjust a plain INT8 graph to bit flips at `design_ber` and attacks of `eps` (L-inf, pixels in [0, 1]).
+
+    `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; a quarter of them is held out to measure
+    on. `ranges`: the activation ranges that `int8` was made with. The result has the same nodes and names; other
+    codes, scales and biases. Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread
+    count. Raises DataError for fewer than 16 images or a BER outside (0, 1).
+    """
+    if len(images) < _LEAST:
+        raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
+    if not 0 < design_ber < 1:
+        raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
+    return _Stage(int8, fp32, images, ranges, design_ber, eps, seed, threads, reporter).run()
+
+
+class _Stage:
+    def __init__(
+        self,
+        int8: onnx.ModelProto,
+        fp32: onnx.ModelProto,
+        images: Images,
+        ranges: Mapping[str, Range],
+        ber: float,
+        eps: float,
+        seed: int,
+        threads: int | None,
+        reporter: Reporter | None,
+    ) -> None:
+        self.int8, self.fp32, self.ranges = int8, fp32, ranges
+        self.ber, self.seed, self.threads = ber, seed, threads
+        self.say = reporter or Reporter()
+        self.teacher = Twin(fp32)
+        order = np.random.default_rng(seed).permutation(len(images))
+        kept = max(1, round(len(images) * _HELD_OUT))
+        self.learn, held_out = images[order[kept:]], images[order[:kept]]
+        self.work = work_per_image(fp32)
+        self.guard = Guard(
+            held_out,
+            logits_of(fp32, held_out, threads),
+            ber,
+            eps,
+            attacked=min(len(held_out), 64 if self.work > _HEAVY else 128),
+            seed=seed,
+            threads=threads,
+        )
+        self.eps = eps
+        self._adversarial: Images | None = None
+
+    def run(self) -> Adjusted:
+        plain = self._scored("plain", self.int8, self.ranges)
+        steps: list[dict[str, Any]] = []
+        equalized, gains = self._equalized()
+        steps.append({"step": "equalize", "groups": gains} | self._judge(equalized, plain))
+        base = equalized if not objections(equalized.scores, plain.scores) else plain
+        learned, recipe = self._distilled(base)
+        steps.append({"step": "distill", **recipe} | self._judge(learned, plain))
+        tried = [plain, base, learned]
+        if objections(learned.scores, plain.scores):
+            half = halfway(base.model, learned.model)
+            tried.append(self._scored("halfway", half, base.ranges))
+            steps.append({"step": "halfway"} | self._judge(tried[-1], plain))
+        return self._chosen(plain, tried, steps)
+
+    def _chosen(
+        self, plain: Candidate, tried: list[Candidate], steps: list[dict[str, Any]]
+    ) -> Adjusted:
+        """The candidate nearest to FP32 under flips, of those that lose nothing."""
+        fit = [c for c in tried if not objections(c.scores, plain.scores)]
+        best = min(fit, key=lambda c: c.scores.divergence)
+        self.say.log(f"stage III keeps: {best.name}")
+        record = Adjustment(
+            applied=best is not plain,
+            design_ber=self.ber,
+            steps=tuple(steps),
+            measured={
+                "kept": best.name,
+                "held_out": len(self.guard.images),
+                "trials": self.guard.trials,
+                "attack": f"pgd-{self.guard.steps}, eps={self.eps:.5g}, {self.guard.attacked} images",
+                "plain": plain.scores.summary(),
+                "adjusted": best.scores.summary(),
+            },
+        )
+        return Adjusted(best.model, best.ranges, record)
+
+    def _equalized(self) -> tuple[Candidate, list[dict[str, Any]]]:
+        found = tensors(groups(self.fp32))
+        moments = {name: Moments() for name in found}
+        for _, values in Probe(self.fp32, found, self.threads).run(self.learn[:256]):
+            for name in found:
+                moments[name].add(values[name])
+        same, gains = equalize(self.fp32, moments, self.ber)
+        where = qdq.activation_tensors(same)
+        ranges = calibrate(
+            same, where, (self.learn,), adversarial=(self._attacked(),), threads=self.threads
+        )
+        return self._scored("equalized", qdq.quantize_graph(same, ranges), ranges), gains
+
+    def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
+        low, high = _STEPS
+        recipe = Recipe(ber=self.ber)
+        fitting = int(_WORK / (self.work * recipe.batch * _PASSES))
+        recipe = replace(recipe, steps=min(max(fitting, low), high))
+        images = np.concatenate([self.learn, self._attacked()])
+        model = distill(base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say)
+        told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
+        return self._scored(f"{base.name}, distilled", model, base.ranges), told
+
+    def _scored(self, name: str, model: onnx.ModelProto, ranges: Mapping[str, Range]) -> Candidate:
+        return Candidate(name, model, ranges, self.guard.measure(model))
+
+    def _judge(self, candidate: Candidate, plain: Candidate) -> dict[str, Any]:
+        against = objections(candidate.scores, plain.scores)
+        summary = candidate.scores.summary()
+        self.say.log(
+            f"{candidate.name}: agreement {summary['agreement']:.4f}, at BER {self.ber:g} "
+            f"{summary['faulty_agreement']:.4f}{', loses ' + '; '.join(against) if against else ''}"
+        )
+        return {"kept": not against, "loses": against, "measured": summary}
+
+    def _attacked(self) -> Images:
+        """Adversarial versions of some of the images to learn from, made once, through FP32."""
+        if self._adversarial is None:
+            count = min(len(self.learn), 64 if self.work > _HEAVY else 512)
+            images = self.learn[:count]
+            labels = top1(logits_of(self.fp32, images, self.threads))
+            sample = Sample(images, labels, np.arange(count))
+            self._adversarial = craft(
+                self.teacher, sample, "pgd", self.eps, steps=5, seed=self.seed, reporter=self.say
+            )
+        return self._adversarial
+
+
+def halfway(a: onnx.ModelProto, b: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph between two that differ in codes and biases only: codes rounded half to even."""
+    made = onnx.ModelProto()
+    made.CopyFrom(a)
+    other = fold.initializers(b.graph)
+    for tensor in made.graph.initializer:
+        first, second = (numpy_helper.to_array(t) for t in (tensor, other[tensor.name]))
+        if np.array_equal(first, second):
+            continue
+        middle = (first.astype(np.float32) + second.astype(np.float32)) / 2
+        middle = np.rint(middle) if first.dtype == np.int8 else middle
+        tensor.CopyFrom(numpy_helper.from_array(middle.astype(first.dtype), tensor.name))
+    return made
+
+
+def logits_of(fp32: onnx.ModelProto, images: Images, threads: int | None) -> NDArray[np.float32]:
+    """FP32 logits by ONNX Runtime: float32 [N, classes]."""
+    output = fp32.graph.output[0].name
+    parts = [values[output] for _, values in Probe(fp32, [output], threads).run(images)]
+    logits: NDArray[np.float32] = np.concatenate(parts)
+    return logits
+
+
+def work_per_image(fp32: onnx.ModelProto) -> float:
+    """Multiply-accumulates of the layers with weights for one image."""
+    shapes, arrays = fold.shapes(fp32), fold.initializers(fp32.graph)
+    total = 0.0
+    for node in fp32.graph.node:
+        if node.op_type not in rules.WEIGHTED or node.input[1] not in arrays:
+            continue
+        weight = arrays[node.input[1]].dims
+        axis = rules.output_axis(node, len(weight))
+        positions = [d or 1 for d in shapes.get(node.output[0], ())[1:]]
+        total += float(np.prod(positions)) * float(np.prod(weight)) / weight[axis]
+    return total

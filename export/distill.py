@@ -1,0 +1,135 @@
+"""Distillation of an INT8 graph into itself: codes and biases learn to say what FP32 says, bits flipped or not.
+
+Each step sends one batch of mixed images through the twin twice, with golden codes and with codes that were freshly
+flipped, and lowers
+
+    L(q, b) = clean * KL(f(x) || g(x; q, b)) + KL(f(x) || g(x; q xor m, b)),     m ~ Bernoulli(BER) on every bit
+
+by Adam on float shadows of the codes q and on the biases b; f is the FP32 network, g the INT8 twin.
+The gradient passes rounding and flips straight through (RandBET, Stutz et al., MLSys 2021,
+2104.08323; here without labels, after training, on a few hundred images). Scales stay as they are:
+learning them as well brought nothing (docs/stage-3.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resq_deploy.console import Reporter
+from resq_deploy.export.twin import Twin
+from resq_deploy.faults import FaultSpace, Flips
+from resq_deploy.memory import fault_space
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to distill: `ber` of the flipped pass, `rate` of Adam in units of the float weights and biases.
+
+    `clean`: weight of the golden pass; `mixing`: the largest share of a second image mixed into each.
+    """
+
+    ber: float
+    steps: int = 200
+    batch: int = 64
+    rate: float = 1e-3
+    clean: float = 1.0
+    mixing: float = 0.5
+
+
+def distill(
+    int8: onnx.ModelProto,
+    teacher: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> onnx.ModelProto:
+    """The graph with learned codes and biases; nothing else in it changes.
+
+    `teacher`: pixels -> logits; `images`: float32 [N, C, H, W] in [0, 1], no labels. Deterministic for a seed, a
+    torch version and a thread count: sums run in another order on another number of threads.
+    """
+    twin, space = Twin(int8), fault_space(int8)
+    weights = space.select(kinds=("weights",))
+    optimizer = torch.optim.Adam(_groups(twin, space, recipe.rate))
+    rng = np.random.default_rng(seed)
+    say = reporter or Reporter()
+    with say.task("distilling", recipe.steps, "steps") as task:
+        for step, batch in enumerate(batches(images, recipe, rng)):
+            _cool(optimizer, step, recipe.steps)
+            with torch.no_grad():
+                target = teacher(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss = _learn(twin, batch, target, recipe.clean)
+            with twin.flipped(draw(weights, recipe.ber, rng)):
+                loss += _learn(twin, batch, target)
+            optimizer.step()
+            task.note(f"KL {loss:.4f}")
+            task.advance(1)
+    twin.freeze()
+    return twin.to_model()
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)), the mean over the batch, in nats."""
+    return F.kl_div(
+        F.log_softmax(logits, 1), F.log_softmax(target, 1), log_target=True, reduction="batchmean"
+    )
+
+
+def batches(images: Images, recipe: Recipe, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Random batches, mirrored half of the time, a second image mixed into each (mixup, 1710.09412)."""
+    size = min(recipe.batch, len(images))
+    for _ in range(recipe.steps):
+        first, second = (rng.integers(0, len(images), size) for _ in range(2))
+        share = rng.random((size, 1, 1, 1), dtype=np.float32) * np.float32(recipe.mixing)
+        mixed = images[first] * (1 - share) + images[second] * share
+        if rng.random() < 0.5:
+            mixed = mixed[..., ::-1]
+        yield torch.from_numpy(np.ascontiguousarray(mixed, dtype=np.float32))
+
+
+def draw(space: FaultSpace, ber: float, rng: np.random.Generator) -> Flips:
+    """Every bit of the space flipped with probability `ber`; a location drawn twice counts once."""
+    count = rng.binomial(space.size, ber)
+    return space.flips(np.unique(rng.integers(0, space.size, count)))
+
+
+def _learn(twin: Twin, batch: Tensor, target: Tensor, weight: float = 1.0) -> float:
+    loss = weight * divergence(twin(batch), target)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _groups(twin: Twin, space: FaultSpace, rate: float) -> list[dict[str, Any]]:
+    """Parameter groups: a shadow is in code units, so its rate is that of the weight over the layer's mean scale."""
+    found: list[dict[str, Any]] = []
+    values = twin.parameters_by_initializer
+    for memory in space.memories:
+        if memory.kind not in ("weights", "bias"):
+            continue
+        unit = 1.0
+        if memory.kind == "weights":
+            unit = float(values[f"{memory.name}.scale"].mean())
+        learned = list(twin.learnable([memory.name]).values())
+        found.append({"params": learned, "lr": rate / unit, "start": rate / unit})
+    return found
+
+
+def _cool(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Half a cosine from the full rate to 0."""
+    factor = 0.5 * (1 + np.cos(np.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = group["start"] * factor

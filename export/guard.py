@@ -1,0 +1,145 @@
+"""The guard of stage III: it measures an adjusted graph against plain INT8 on held-out calibration images.
+
+There are no labels, so FP32 is the judge. What a prediction is worth is the probability that FP32 itself gives to it:
+
+    value(x) = f(x)[argmax g(x)] / f(x)[argmax f(x)]
+
+is 1 where both agree, and little less where FP32 hesitates too: an estimate of accuracy kept, not of agreement alone.
+Measured are golden codes, flipped codes (the same fault locations for every graph), and a white-box attack on the graph
+itself. All differences are paired, image by image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from resq_deploy.bundle import Sample
+from resq_deploy.export.craft import craft
+from resq_deploy.export.distill import draw
+from resq_deploy.export.twin import Twin
+from resq_deploy.faults import FaultSpace
+from resq_deploy.memory import fault_space
+from resq_deploy.metrics import top1
+from resq_deploy.runtime.ort import OrtRunner
+from resq_deploy.runtime.runner import Runner
+
+Images = NDArray[np.float32]
+Values = NDArray[np.float64]
+
+LOST = 0.003  # what an adjusted graph may lose clean or attacked, on top of one standard error
+_AGREEMENT = 0.01  # ... and of its agreement with FP32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What one graph is worth on the held-out images, per image float64 [N]; `divergence` in nats.
+
+    `clean`, `faulty`, `attacked`: values in [0, 1] (faulty: the mean of all trials; attacked: fewer images);
+    `divergence`: mean KL from FP32 under flips; `trials`: share of each trial's images that agree with FP32.
+    """
+
+    clean: Values
+    agreement: float
+    faulty: Values
+    trials: Values
+    divergence: float
+    attacked: Values
+
+    def summary(self) -> dict[str, Any]:
+        """The figures for the manifest."""
+        return {
+            "clean": round(float(self.clean.mean()), 5),
+            "agreement": round(self.agreement, 5),
+            "faulty": round(float(self.faulty.mean()), 5),
+            "faulty_agreement": round(float(self.trials.mean()), 5),
+            "faulty_agreement_worst": round(float(self.trials.min()), 5),
+            "faulty_kl": round(self.divergence, 5),
+            "attacked": round(float(self.attacked.mean()), 5) if self.attacked.size else None,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guard:
+    """Held-out images with FP32's logits for them, and how to measure."""
+
+    images: Images
+    reference: NDArray[np.float32]
+    ber: float
+    eps: float
+    trials: int = 8
+    attacked: int = 128
+    steps: int = 10
+    seed: int = 0
+    threads: int | None = None
+
+    def measure(self, model: onnx.ModelProto) -> Scores:
+        """Scores of an INT8 graph, run as it is deployed; the attack goes through its twin."""
+        golden_space = fault_space(model).select(kinds=("weights",))
+        with OrtRunner(model, threads=self.threads) as runner:
+            clean = runner(self.images)
+            faulty = [self._faulty(runner, golden_space, trial) for trial in range(self.trials)]
+            attacked = runner(self._attack(model)) if self.attacked else clean[:0]
+        values = np.stack([value(logits, self.reference) for logits in faulty])
+        best = top1(self.reference)
+        return Scores(
+            clean=value(clean, self.reference),
+            agreement=float((top1(clean) == best).mean()),
+            faulty=values.mean(axis=0),
+            trials=np.array([(top1(logits) == best).mean() for logits in faulty]),
+            divergence=float(np.mean([_kl(self.reference, logits) for logits in faulty])),
+            attacked=(top1(attacked) == best[: len(attacked)]).astype(np.float64),
+        )
+
+    def _faulty(self, runner: Runner, space: FaultSpace, trial: int) -> NDArray[np.float32]:
+        rng = np.random.default_rng([self.seed, trial])
+        with runner.faults(draw(space, self.ber, rng)):
+            return runner(self.images)
+
+    def _attack(self, model: onnx.ModelProto) -> Images:
+        count = min(self.attacked, len(self.images))
+        sample = Sample(self.images[:count], top1(self.reference[:count]), np.arange(count))
+        return craft(Twin(model), sample, "pgd", self.eps, steps=self.steps, seed=self.seed)
+
+
+def value(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Values:
+    """What each prediction is worth by FP32's own probabilities: float64 [N] in [0, 1]; 0 for a NaN row."""
+    chosen = top1(logits)
+    rows = np.arange(len(reference))
+    gap = reference[rows, np.maximum(chosen, 0)] - reference.max(axis=1)
+    return np.where(chosen >= 0, np.exp(gap.astype(np.float64)), 0.0)
+
+
+def objections(candidate: Scores, plain: Scores) -> list[str]:
+    """Where a candidate loses against plain INT8; nothing where it may be kept."""
+    found = []
+    for name in ("clean", "faulty", "attacked"):
+        before, after = getattr(plain, name), getattr(candidate, name)
+        if before.size == 0:
+            continue
+        change = after - before
+        error = float(change.std()) / np.sqrt(change.size)
+        allowed = error + (LOST if name != "faulty" else 0.0)
+        if change.mean() < -allowed:
+            found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
+    if candidate.agreement < plain.agreement - _AGREEMENT:
+        found.append(f"agreement {plain.agreement:.4f} -> {candidate.agreement:.4f}")
+    return found
+
+
+def _kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
+    """Mean KL(FP32 || INT8) in nats, each row at most 20; 20 where a logit is not finite."""
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    rows = (np.exp(p) * (p - q)).sum(axis=1)
+    return float(np.clip(np.nan_to_num(rows, nan=20.0), 0, 20).mean())
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> Values:
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        made: Values = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return made
