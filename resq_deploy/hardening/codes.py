@@ -117,9 +117,8 @@ def clip_weights(network: nn.Module, bound: float) -> None:
 
     RandBET (Stutz et al., MLSys 2021) clips to one +-w_max for the whole network. A flip's error is
     a share of the channel's max|w|, its harm is relative to the channel's typical weight, so what
-    counts is their ratio; bounding that needs no w_max to tune. The channel then gets its size back:
-    clipping alone, step after step, shrinks it, and with BatchNorm behind it a smaller weight takes
-    larger steps, until training runs away.
+    counts is their ratio; bounding that needs no w_max to tune. The channel then gets its size back,
+    so that clipping does not shrink it step after step.
     """
     if bound <= 0:
         return

@@ -163,7 +163,7 @@ class FaultObjective(AttackObjective):
         network = self.model.network
         kind = s.perturbations[_draw(len(s.perturbations), step.shared)]
         clean = step.images.detach().requires_grad_(self.keep_attack and kind == "fgsm")
-        with step.autocast():
+        with step.autocast(), frozen_statistics(self.model):
             logits, features = self.probe(clean, codes.faulty_weights(network, 0.0, step.shared))
             first = functional.cross_entropy(logits, step.targets)
         step.backward((1 - f.faulty) * first + _penalty(self.model, s.lipschitz))

@@ -133,6 +133,7 @@ class _Hardening:
         self.before = start.phases
         self.mean, self.std = start.statistics
         self.model = Pixels(network, self.mean, self.std).to(here.device)
+        self.model.to(memory_format=torch.channels_last)
         self.digest = train.digest()
 
     def run(self, output: Path | None, resume: bool) -> Checkpoint:
@@ -237,7 +238,7 @@ class _Hardening:
             classes=self.test.classes,
             mean=self.mean,
             std=self.std,
-            state_dict={k: v.cpu().clone() for k, v in self.model.network.state_dict().items()},
+            state_dict=_plain_tensors(self.model.network.state_dict()),
             trained=trained,
             seed=self.asked.seed,
             metrics=metrics,
@@ -283,6 +284,10 @@ class _Hardening:
                 "resume with the same command line, or start again without --resume",
             )
         return body
+
+
+def _plain_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
 def state_path(output: Path) -> Path:

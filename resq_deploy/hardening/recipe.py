@@ -68,7 +68,7 @@ class Fault:
     most, 0 to 1; `reliability` how much more often examples are seen that flip easily (0: off).
     """
 
-    phase: Phase = Phase(epochs=6, min_steps=100, lr=0.02, adam_lr=2e-4)
+    phase: Phase = Phase(epochs=6, min_steps=100, lr=0.01, adam_lr=2e-4)
     ber: float = 1e-2
     clip: float = 2.0
     faulty: float = 0.5

@@ -141,6 +141,7 @@ class _Run:
         mine = torch.Generator().manual_seed(derive(job.seed, job.number, self.done, 2, world.rank))
         shared = torch.Generator().manual_seed(derive(job.seed, job.number, self.done, 3))
         images = augmented(torch.from_numpy(pixels).to(world.device), job.augment, mine)
+        images = images.contiguous(memory_format=torch.channels_last)
         wanted = torch.from_numpy(labels).to(world.device)
         targets = one_hot(wanted, len(job.data.classes), self.owner.recipe.label_smoothing)
         return Step(
