@@ -1,0 +1,152 @@
+"""What only a GPU can show. One command:  python -m pytest tests/gpu -rs -s
+
+Where there is no NVIDIA GPU, or the plan cannot be built for it, every test is skipped and says why. Write what was
+seen, with date and GPU, in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resq_deploy.bundle import Bundle
+from resq_deploy.errors import BackendError
+from resq_deploy.faults import Flips
+from resq_deploy.runtime.cuda import CudaDevice
+from resq_deploy.runtime.runner import Runner, open_runner
+from resq_deploy.runtime.trtlib import library
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+IMAGES = 256
+
+
+@pytest.fixture(scope="module", params=["tensorrt-rtx", "tensorrt"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend whose library is here, on a machine with a GPU."""
+    name = str(request.param)
+    try:
+        library(name)
+        device = CudaDevice(name)
+    except BackendError as error:
+        pytest.skip(str(error))
+    print(f"\n{name} on {device.name}")
+    device.close()
+    return name
+
+
+@pytest.fixture(scope="module")
+def bundle(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A network trained on digits, with a plan for the GPU of this machine."""
+    from resq_deploy import export_model, harden_model
+
+    folder = tmp_path_factory.mktemp(backend)
+    checkpoint = folder / "model.pt"
+    harden_model("resnet8", "digits", output=checkpoint, stages="none", seed=0)
+    try:
+        return export_model(
+            checkpoint, targets=(backend,), sm=capability(backend), attacks=(), batch=(1, 64, 256)
+        )
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def capability(backend: str) -> tuple[str, ...]:
+    """This GPU's compute capability, for the builder that wants to be told."""
+    from pycuda import driver
+
+    major, minor = driver.Device(0).compute_capability()
+    return (f"{major}{minor}",) if backend == "tensorrt-rtx" else ()
+
+
+@pytest.fixture
+def images(bundle: Bundle) -> Any:
+    return bundle.eval_sample().images[:IMAGES]
+
+
+@pytest.fixture
+def runner(bundle: Bundle, backend: str) -> Iterator[Runner]:
+    with open_runner(bundle, backend) as opened:
+        print(json.dumps(opened.info))
+        yield opened
+
+
+def some_flips(runner: Runner, count: int, seed: int = 0) -> Flips:
+    weights = runner.space.select(kinds=["weights"])
+    draws = np.random.default_rng(seed).choice(weights.size, count, replace=False)
+    return weights.flips(np.sort(draws))
+
+
+def test_golden_parity_with_onnx_runtime(bundle: Bundle, runner: Runner, images: Any) -> None:
+    with open_runner(bundle, "ort") as ort:
+        expected = ort(images)
+    logits = runner(images)
+    agreement = float(np.mean(logits.argmax(1) == expected.argmax(1)))
+    print(
+        f"top-1 agreement {agreement:.4f}, largest difference {np.abs(logits - expected).max():.4g}"
+    )
+    assert agreement >= 0.995
+
+
+def test_the_ways_of_injection_agree(bundle: Bundle, backend: str, images: Any) -> None:
+    answers: dict[str, Any] = {}
+    for way in ("live", "plan", "refit"):
+        try:
+            with open_runner(bundle, backend, injection=way) as opened:
+                flips = some_flips(opened, 200)
+                lost = opened.unreachable(flips)
+                print(f"{way}: {lost} of {flips.count} bits out of reach, {opened.info}")
+                if lost:
+                    continue
+                golden = opened(images)
+                with opened.faults(flips):
+                    answers[way] = opened(images)
+                assert np.array_equal(opened(images), golden)
+                assert not np.array_equal(answers[way], golden)
+        except BackendError as error:
+            print(f"{way}: {error}")
+    assert "plan" in answers
+    for way, logits in answers.items():
+        assert np.array_equal(logits, answers["plan"]), way
+
+
+def test_faulty_parity_with_onnx_runtime(bundle: Bundle, runner: Runner, images: Any) -> None:
+    flips = some_flips(runner, 500, seed=1)
+    with open_runner(bundle, "ort") as ort, ort.faults(flips):
+        expected = ort(images)
+    with runner.faults(flips):
+        logits = runner(images)
+    agreement = float(np.mean(logits.argmax(1) == expected.argmax(1)))
+    print(f"with 500 flips: top-1 agreement {agreement:.4f}")
+    assert agreement >= 0.98
+
+
+def test_live_flips_per_second(bundle: Bundle, backend: str) -> None:
+    with open_runner(bundle, backend, injection="live") as opened:
+        flips = some_flips(opened, 1000)
+        if opened.unreachable(flips):
+            pytest.skip(f"the weights are not found in GPU memory: {opened.info}")
+        rounds, start = 100, time.perf_counter()
+        for _ in range(rounds):
+            with opened.faults(flips):
+                pass
+        seconds = time.perf_counter() - start
+    print(
+        f"{rounds * flips.count / seconds:,.0f} bits flipped and restored per second, checks included"
+    )
+
+
+def test_an_altered_plan_loads_or_is_refused_in_one_line(bundle: Bundle, backend: str) -> None:
+    """NVIDIA says that a plan's validity is not tamper detection: a flipped weight must load, a cut plan must not."""
+    with open_runner(bundle, backend, injection="plan") as opened:
+        plan = Path(bundle.file(f"engines/{backend}.plan")).read_bytes()
+        loader = opened.loader  # type: ignore[attr-defined]
+        with pytest.raises(BackendError) as caught:
+            loader.load(plan[:-1])
+    assert "\n" not in str(caught.value)
