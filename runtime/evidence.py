@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from resq_deploy import __version__
-from resq_deploy.budget import format_eps
 from resq_deploy.bundle import INT8, MANIFEST, Bundle, sha256_of
 from resq_deploy.faults import FaultSpace
-from resq_deploy.manifest import Attack
 from resq_deploy.report.model import Campaign, Cell, Figure, Subject, Vulnerability
 from resq_deploy.runtime.figures import CampaignResult
 from resq_deploy.statistics import Estimate
@@ -30,12 +28,6 @@ def rate_text(rate: float) -> str:
     """A rate as people write it: 0.0001 -> `1e-4`, 0.0025 -> `2.5e-3`."""
     mantissa, _, exponent = f"{rate:.6e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def attack_label(attack: Attack) -> str:
-    """A stored attack's name as figures carry it: `pgd,eps=8/255`, `apgd,eps=0.5,norm=l2`."""
-    norm = "" if attack.norm == "linf" else f",norm={attack.norm}"
-    return f"{attack.attack},eps={format_eps(attack.eps)}{norm}"
 
 
 def campaign_names(model: str, on: str = "clean") -> dict[str, str]:

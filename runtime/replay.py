@@ -11,7 +11,7 @@ from resq_deploy.bundle import INT8, Bundle, Sample
 from resq_deploy.errors import CampaignError
 from resq_deploy.fault_lists import read_fault_list
 from resq_deploy.fault_models import FaultModel, parse
-from resq_deploy.runtime import evidence, journal
+from resq_deploy.runtime import attacks, evidence, journal
 from resq_deploy.runtime.engines import engine_of
 from resq_deploy.runtime.images import labelled
 from resq_deploy.runtime.runner import open_runner
@@ -67,8 +67,12 @@ def _subject(name: str, settings: Settings, bundle: Bundle) -> tuple[FaultModel,
         raise CampaignError(f"the fault list {settings.fault_list} was changed since")
     images = labelled(bundle, settings.data)
     if on and on != CLEAN:
-        stored = {evidence.attack_label(a): n for n, a in bundle.manifest.attacks.items()}
-        images, _ = bundle.attack_sample(stored[on])
+        stored = {
+            attacks.figure_name(n, a.eps, a.norm): n for n, a in bundle.manifest.attacks.items()
+        }
+        if f"robust@{on}" not in stored:
+            raise CampaignError(f"the inputs of {on} are not stored in the bundle", "run it again")
+        images, _ = bundle.attack_sample(stored[f"robust@{on}"])
     return model, images.take(settings.samples or TRIAL_IMAGES)
 
 

@@ -45,7 +45,7 @@ class Runner(ABC):
         self.space = space
         self.shape = shape
         self.classes = classes
-        self._faulty = False
+        self._occupied = False
 
     @classmethod
     @abstractmethod
@@ -70,7 +70,7 @@ class Runner(ABC):
         Raises FaultError for addresses this runner does not have, and BackendError where memory did
         not change, or was not back afterwards. Blocks do not nest.
         """
-        if self._faulty:
+        if self._occupied:
             raise FaultError("faults() blocks do not nest", "merge the fault lists into one trial")
         for name in flips:
             if name not in self.space.by_name:
@@ -79,12 +79,12 @@ class Runner(ABC):
             raise BackendError(
                 f"{self.backend} cannot reach {missing} of the {flips.count} bits to be flipped"
             )
-        self._faulty = True
+        self._occupied = True
         try:
             with self._inject(flips):
                 yield
         finally:
-            self._faulty = False
+            self._occupied = False
 
     def unreachable(self, flips: Flips) -> int:
         """How many of these bits this backend cannot change (a plan's weight that was not located). 0: all can be."""

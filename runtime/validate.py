@@ -14,14 +14,14 @@ import numpy as np
 from resq_deploy import requirements
 from resq_deploy.bundle import INT8, Bundle, Sample
 from resq_deploy.console import Reporter
-from resq_deploy.errors import BundleError, CampaignError
+from resq_deploy.errors import CampaignError
 from resq_deploy.fault_lists import read_fault_list
 from resq_deploy.fault_models import FaultModel, parse
 from resq_deploy.faults import FaultSpace
 from resq_deploy.metrics import top1
 from resq_deploy.report import Report, write_report
 from resq_deploy.report.model import AttackResult, Campaign, Figure
-from resq_deploy.runtime import evidence
+from resq_deploy.runtime import attacks, evidence, sanity
 from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
 from resq_deploy.runtime.images import labelled, sample_digest
@@ -61,8 +61,8 @@ def validate_bundle(
     models = [parse(text) for text in asked.models]
     if asked.fault_list:
         models.append(read_fault_list(asked.fault_list))
-    attacks = _attacks(bundle, asked)
-    requirements.check(wanted, figure_names(models, attacks, joint=asked.joint))
+    labels = attack_labels(bundle, asked)
+    requirements.check(wanted, figure_names(models, labels, joint=asked.joint))
     folder = _folder(output, resume=resume, force=force)
     sample = labelled(bundle, asked.data)
 
@@ -71,12 +71,11 @@ def validate_bundle(
             bundle, asked, runner, sample, models, workers, folder, resume, reporter or Reporter()
         )
         run.golden()
-        for label, name in attacks.items():
-            run.attack(label, name)
+        run.attacks()
         run.faults(CLEAN, sample)
         if asked.joint:
-            for label in attacks:
-                run.faults(label, run.adversarial[label])
+            for label, moved in run.adversarial.items():
+                run.faults(label, moved)
         report = run.report(wanted, command)
     if folder is not None:
         write_report(report, folder)
@@ -84,14 +83,14 @@ def validate_bundle(
 
 
 def figure_names(
-    models: Iterable[FaultModel], attacks: Iterable[str], *, joint: bool = False
+    models: Iterable[FaultModel], attacked: Sequence[str], *, joint: bool = False
 ) -> tuple[str, ...]:
     """Names of all figures that a validation will have, in the order of the report."""
     names = [
         "accuracy",
-        *(f"{share}@{label}" for label in attacks for share in ("robust", "success")),
+        *(f"{share}@{label}" for label in attacked for share in ("robust", "success")),
     ]
-    for on in (CLEAN, *(attacks if joint else ())):
+    for on in (CLEAN, *(attacked if joint else ())):
         for model in models:
             names += evidence.campaign_names(model.name, on).values()
     return tuple(names)
@@ -114,7 +113,6 @@ class Validation:
     campaigns: list[Campaign] = field(default_factory=list)
     attacked: list[AttackResult] = field(default_factory=list)
     adversarial: dict[str, Sample] = field(default_factory=dict)
-    right: Any = None  # which images of the sample are right without attack or fault
 
     @property
     def space(self) -> FaultSpace:
@@ -125,30 +123,30 @@ class Validation:
 
     def golden(self) -> None:
         """Run the whole sample without faults."""
-        found = self._run("golden run", self.sample)
-        self.right = found == self.sample.labels
-        self.figures["accuracy"] = self._share(self.right)
+        right = int((self._run("golden run", self.sample) == self.sample.labels).sum())
+        share = wilson(right, len(self.sample), self.settings.confidence)
+        self.figures["accuracy"] = evidence.figure(share)
 
-    def attack(self, label: str, name: str) -> None:
-        """Replay a stored attack on the artifact."""
-        moved, spec = self.bundle.attack_sample(name)
-        wrong = self._run(f"attack {label}", moved) != moved.labels
-        before = self._run("the same images unattacked", self._originals(moved)) == moved.labels
-        robust, success = self._share(~wrong), self._share(wrong[before])
-        self.adversarial[label] = moved
-        self.figures |= {f"robust@{label}": robust, f"success@{label}": success}
-        self.attacked.append(
-            AttackResult(
-                name=name,
-                attack=spec.attack,
-                norm=spec.norm,
-                eps=spec.eps,
-                crafted_through=spec.crafted_through,
-                robust=robust,
-                success=success,
-                parameters=spec.parameters,
-            )
+    def attacks(self) -> None:
+        """Replay stored attacks on the artifact, run black boxes, and take the worst case of all."""
+        asked = self.settings
+        done = attacks.evaluate(
+            self.runner,
+            self.bundle,
+            asked.attacks,
+            eps=asked.eps,
+            seed=asked.seed,
+            reporter=self.reporter,
         )
+        done = sanity.check(self.runner, self.bundle, done)
+        if _has_worst(a.spec.norm for a in done):
+            done.append(attacks.worst_case(done))
+        for attacked in done:
+            found = attacks.result(attacked, asked.confidence)
+            label = attacked.figure_name.removeprefix("robust@")
+            self.figures |= {f"robust@{label}": found.robust, f"success@{label}": found.success}
+            self.attacked.append(found)
+            self.adversarial[label] = attacked.sample
 
     def faults(self, on: str, images: Sample) -> None:
         """Run every fault model's campaign on these images."""
@@ -208,17 +206,6 @@ class Validation:
                 task.advance(len(part))
         return np.concatenate(parts)
 
-    def _share(self, hits: Any) -> Figure:
-        return evidence.figure(wilson(int(hits.sum()), int(hits.size), self.settings.confidence))
-
-    def _originals(self, moved: Sample) -> Sample:
-        own = self.bundle.eval_sample()
-        place = {int(index): row for row, index in enumerate(own.indices)}
-        rows = [place.get(int(index), -1) for index in moved.indices]
-        if min(rows) < 0:
-            raise BundleError("an attacked image is not of the bundle's sample", "export it again")
-        return Sample(own.images[rows], own.labels[rows], own.indices[rows])
-
     def _where(self) -> dict[str, Any]:
         asked = self.settings.as_json()
         return {key: asked[key] for key in ("where", "layers", "bits")}
@@ -249,14 +236,24 @@ def campaign_key(model: str, on: str) -> str:
     return model if on == CLEAN else f"{model} on {on}"
 
 
-def _attacks(bundle: Bundle, settings: Settings) -> dict[str, str]:
-    """Label -> stored name of the attacks to run."""
+def attack_labels(bundle: Bundle, settings: Settings) -> tuple[str, ...]:
+    """Labels of the attacks that will run, as figures carry them. Raises AttackError for unknown ones."""
     stored = bundle.manifest.attacks
-    chosen = stored if settings.attacks is None else settings.attacks
-    if unknown := [name for name in chosen if name not in stored]:
-        known = ", ".join(stored) or "none"
-        raise BundleError(f"the bundle stores no attack {unknown[0]!r}", f"stored: {known}")
-    return {evidence.attack_label(stored[name]): name for name in chosen}
+    names = list(stored) if settings.attacks is None else list(settings.attacks)
+    attacks.check_names(bundle, names)
+    eps = settings.eps or attacks.default_eps(bundle)
+    budgets = [(stored[n].eps, stored[n].norm) if n in stored else (eps, "linf") for n in names]
+    labels = [attacks.figure_name(n, *budget) for n, budget in zip(names, budgets, strict=True)]
+    if _has_worst(norm for _, norm in budgets):
+        largest = max(eps for eps, _ in budgets)
+        labels.append(attacks.figure_name(attacks.WORST, largest, budgets[0][1]))
+    return tuple(label.removeprefix("robust@") for label in labels)
+
+
+def _has_worst(norms: Iterable[str]) -> bool:
+    """Whether a worst case over attacks makes sense: several of them, in one norm."""
+    each = list(norms)
+    return len(each) > 1 and len(set(each)) == 1
 
 
 def _folder(output: str | os.PathLike[str] | None, *, resume: bool, force: bool) -> Path | None:
