@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import platform
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,22 +28,19 @@ from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.forms import MS, Lowered
-from resq_deploy.runtime.graph import Arrays, Graph
+from resq_deploy.runtime.graph import Graph
 from resq_deploy.runtime.lower import lower_graph
 from resq_deploy.runtime.runner import Images, Logits, Runner
 from resq_deploy.runtime.segments import (
     Segment,
-    Tensors,
     cut,
     open_session,
-    run_segment,
     session_options,
     tensor_types,
 )
+from resq_deploy.runtime.stages import Stages, image_major, merged, part_sizes, same_segment
 
 CHUNK = 16  # images a thread takes at once
-_WIDE = 2**15  # from so many values of one layer on, the patches of few images fill a core's cache
-_FEW, _MANY = 2, 8  # images at once in wide layers, and in the others
 
 Changed = dict[str, NDArray[Any]]
 _T = TypeVar("_T")
@@ -74,13 +70,10 @@ class OrtRunner(Runner):
         if self.mode == "lowered":
             self.lowered = lower_graph(self.graph)
             self.types = tensor_types(self.lowered)
-        self._split = True
-        self._last = self.graph.outputs[0].name
         shape = _image_shape(self.graph)
-        self._golden = self._active = self._build({}, None)
-        if not self._splits(shape):
-            self._split = False
-            self._golden = self._active = self._build({}, None)
+        self.segments: tuple[Segment, ...] = ()
+        self.sessions: tuple[ort.InferenceSession, ...] = ()
+        self._golden = self._active = self._first_stages(shape)
         classes = self._infer(np.zeros((1, *shape), np.float32)).shape[-1]
         super().__init__(fault_space(model), shape, int(classes))
         self._sums = {m.name: _checksum(m.value) for m in self.space.memories}
@@ -110,19 +103,18 @@ class OrtRunner(Runner):
     def close(self) -> None:
         """End the threads and drop the sessions."""
         self._pool.shutdown()
-        self._golden = self._active = _Plan((), (), ())
+        self._golden = self._active = Stages()
 
     def _infer(self, images: Images) -> Logits:
         chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
-        plan = self._active
-        name = self.graph.inputs[0].name
-        parts = self.each(lambda chunk: plan.run({name: chunk})[self._last], chunks)
+        stages, name, last = self._active, self.graph.inputs[0].name, self.graph.outputs[0].name
+        parts = self.each(lambda chunk: stages.run({name: chunk})[last], chunks)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     @contextmanager
     def _inject(self, flips: Flips) -> Iterator[None]:
         try:
-            self._active = self.faulty_plan(self.changed(flips))
+            self._active = self._changed_stages(self.changed(flips))
             yield
         finally:
             self._active = self._golden
@@ -161,28 +153,45 @@ class OrtRunner(Runner):
         old = self.lowered
         return Lowered(old.graph, old.nodes, arrays, old.starts, old.sizes)
 
-    def faulty_plan(self, changed: Changed) -> _Plan:
-        """What runs with these parameters; sessions that they do not touch are the golden ones."""
-        return self._build(changed, self._golden)
+    def _first_stages(self, shape: tuple[int, int, int]) -> Stages:
+        """Cut the golden graph at its layers where that can be done, and again for full runs."""
+        lowered = self.lowered
+        if lowered is None:
+            return self._whole({})
+        name = self.graph.inputs[0].name
+        two = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
+        segments = cut(lowered, lowered.starts, self.types)
+        stages = self._stages(lowered, segments)
+        whole = Stages(*stages[:2], (2**30,) * len(segments))
+        probe = [whole.run({name: two}), whole.run({name: two[1:]})]
+        starts = image_major(segments, probe)
+        if starts != [s.begin for s in segments if s.begin]:
+            stages = self._stages(lowered, cut(lowered, starts, self.types))
+        self.segments, self.sessions, _ = stages
+        self._starts = merged(lowered, self.segments)
+        if self._starts is None:
+            self._starts = starts
+            return Stages(*stages)
+        return Stages(*self._stages(lowered, cut(lowered, self._starts, self.types)))
 
-    def _build(self, changed: Changed, golden: _Plan | None) -> _Plan:
-        if self.mode != "lowered":
-            return self._build_whole(changed)
-        assert self.lowered is not None
-        lowered = self.relowered(changed) if golden else self.lowered
-        starts, chunks = _blocks(lowered) if self._split else ([], (CHUNK,))
-        segments = cut(lowered, starts, self.types_of(lowered))
-        kept: list[ort.InferenceSession | None] = [None] * len(segments)
-        if golden and len(golden.segments) == len(segments):
-            kept = [
-                session if same_segment(old, new, self.lowered.arrays, lowered.arrays) else None
-                for old, session, new in zip(
-                    golden.segments, golden.sessions, segments, strict=True
-                )
-            ]
-        pairs = list(zip(segments, kept, strict=True))
-        built = self.each(lambda pair: pair[1] or pair[0].build(lowered.arrays), pairs)
-        return _Plan(segments, built, chunks)
+    def _stages(
+        self, lowered: Lowered, segments: tuple[Segment, ...]
+    ) -> tuple[tuple[Segment, ...], tuple[ort.InferenceSession, ...], tuple[int, ...]]:
+        built = self.each(lambda s: s.build(lowered.arrays), segments)
+        return segments, tuple(built), part_sizes(lowered, segments)
+
+    def _changed_stages(self, changed: Changed) -> Stages:
+        """What runs with these parameters; sessions that they do not touch are the golden ones."""
+        if self.lowered is None:
+            return self._whole(changed)
+        before, after, golden = self.lowered, self.relowered(changed), self._golden
+        if not same_nodes(before, after):  # parameters that fused kernels cannot take
+            segments = cut(after, [], self.types_of(after))
+            return Stages(*self._stages(after, segments))
+        kept = [same_segment(s, s, before.arrays, after.arrays) for s in golden.segments]
+        pairs = list(zip(golden.segments, golden.sessions, kept, strict=True))
+        built = self.each(lambda p: p[1] if p[2] else p[0].build(after.arrays), pairs)
+        return Stages(golden.segments, tuple(built), golden.parts)
 
     def types_of(self, lowered: Lowered) -> Mapping[str, int]:
         """Element types of the tensors of a graph that was lowered again."""
@@ -195,13 +204,8 @@ class OrtRunner(Runner):
             return [work(item) for item in items]
         return list(self._pool.map(work, items))
 
-    def part_sizes(self, segments: Sequence[Segment]) -> list[int]:
-        """How many images at once a full run gives to each of these finer segments."""
-        plan = self._golden
-        starts = [s.begin for s in plan.segments]
-        return [plan.chunks[bisect_right(starts, s.begin) - 1] for s in segments]
-
-    def _build_whole(self, changed: Changed) -> _Plan:
+    def _whole(self, changed: Changed) -> Stages:
+        """The file as it is, in one session, with some parameters exchanged."""
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         for tensor in model.graph.initializer:
@@ -216,18 +220,7 @@ class OrtRunner(Runner):
         inputs = tuple(i.name for i in self.graph.inputs)
         outputs = tuple(o.name for o in self.graph.outputs)
         whole = Segment(self.graph.nodes, inputs, outputs, {}, ())
-        return _Plan((whole,), (session,), (CHUNK,))
-
-    def _splits(self, shape: tuple[int, int, int]) -> bool:
-        """Whether every tensor between the parts holds one row for each image."""
-        name = self.graph.inputs[0].name
-        runs = [self._golden.run({name: np.zeros((n, *shape), np.float32)}) for n in (2, 3)]
-        return all(
-            len(live[n]) == count
-            for count, live in zip((2, 3), runs, strict=True)
-            for segment in self._golden.segments
-            for n in segment.inputs
-        )
+        return Stages((whole,), (session,), (CHUNK,))
 
     def unnoticed(self, images: Images, flips: int = 64) -> list[str]:
         """Self-check: INT8 tensors in which many flipped sign bits leave the logits as they are.
@@ -243,61 +236,9 @@ class OrtRunner(Runner):
         return silent
 
 
-class _Plan:
-    """Sessions run one after the other, each on as many images at once as the cache likes."""
-
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        sessions: Sequence[ort.InferenceSession],
-        chunks: Sequence[int],
-    ) -> None:
-        self.segments = tuple(segments)
-        self.sessions = tuple(sessions)
-        self.chunks = tuple(chunks)
-
-    def run(self, live: Tensors) -> Tensors:
-        """The outputs for one chunk of images."""
-        for segment, session, size in zip(self.segments, self.sessions, self.chunks, strict=True):
-            live = {**live, **in_parts(segment, session, live, size)}
-        return live
-
-
-def in_parts(segment: Segment, session: ort.InferenceSession, live: Tensors, size: int) -> Tensors:
-    """A segment's outputs, computed for `size` images at a time."""
-    count = len(live[segment.inputs[0]])
-    if count <= size:
-        return run_segment(segment, session, live)
-    parts = [
-        run_segment(segment, session, {n: live[n][i : i + size] for n in segment.inputs})
-        for i in range(0, count, size)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in segment.outputs}
-
-
-def same_segment(old: Segment, new: Segment, before: Arrays, after: Arrays) -> bool:
-    """Whether two segments compute the same: equal nodes and equal bytes of parameters."""
-    if old.nodes is not new.nodes and old.nodes != new.nodes:
-        return False
-    return all(same_bytes(before[n], after[n]) for n in old.params)
-
-
-def same_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    """Whether two arrays hold the same bytes (NaNs too)."""
-    return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
-
-
-def _blocks(lowered: Lowered) -> tuple[list[int], tuple[int, ...]]:
-    """Where to cut for speed, and how many images to run at once in each part.
-
-    Layers with large maps run on few images, so that a layer's patches stay in the cache.
-    """
-    layers = list(zip(lowered.starts, lowered.sizes, strict=True))
-    wide = [at for at, size in layers if size > _WIDE]
-    after = [at for at in lowered.starts if wide and at > wide[-1]]
-    if not wide or not after:
-        return [], (_FEW if wide else _MANY,)
-    return after[:1], (_FEW, _MANY)
+def same_nodes(a: Lowered, b: Lowered) -> bool:
+    """Whether two lowered graphs have the same nodes."""
+    return a.nodes is b.nodes or a.nodes == b.nodes
 
 
 def _mode(exact: bool) -> str:

@@ -120,29 +120,65 @@ def cut(lowered: Lowered, starts: Sequence[int], types: Mapping[str, int]) -> tu
     """Cut a lowered graph before the nodes at these places; `types` as from `tensor_types`."""
     bounds = [0, *sorted({s for s in starts if s}), len(lowered.nodes)]
     spans = list(pairwise(bounds))
-    made, read = _uses(lowered, spans)
+    counts = _counts(lowered, types)
+    parts = [_with_counts(lowered.nodes[begin:end], counts) for begin, end in spans]
+    made, read = _uses(parts, counts)
     ends = {o.name for o in lowered.graph.outputs}
     versions = tuple(opsets(lowered.graph))
     segments = []
-    for index, (begin, end) in enumerate(spans):
-        nodes = tuple(lowered.nodes[begin:end])
+    for index, nodes in enumerate(parts):
         here = [name for node in nodes for name in node.output if name]
         wanted = dict.fromkeys(name for node in nodes for name in node.input)
-        outside = [n for n in wanted if n in types and made.get(n, -1) < index]
-        out = [n for n in here if read.get(n, -1) > index or n in ends]
+        outside = [n for n in wanted if n in types and n not in here and made.get(n, -1) < index]
+        out = [n for n in here if n not in counts and (read.get(n, -1) > index or n in ends)]
+        begin = spans[index][0]
         segments.append(Segment(nodes, tuple(outside), tuple(out), types, versions, begin))
     return tuple(segments)
 
 
+def _counts(lowered: Lowered, types: Mapping[str, int]) -> dict[str, onnx.NodeProto]:
+    """Integers that say how many images there are, and the nodes that make them.
+
+    They follow from the graph's input alone; each segment makes those that it needs itself.
+    """
+    inputs = {i.name for i in lowered.graph.inputs}
+    found: dict[str, onnx.NodeProto] = {}
+    for node in lowered.nodes:
+        variable = [n for n in node.input if n and n not in lowered.arrays]
+        known = variable and all(n in found for n in variable)
+        counted = types.get(node.output[0]) == onnx.TensorProto.INT64
+        if (node.op_type == "Shape" and node.input[0] in inputs) or (known and counted):
+            found.update(dict.fromkeys(node.output, node))
+    return found
+
+
+def _with_counts(
+    nodes: Sequence[onnx.NodeProto], counts: Mapping[str, onnx.NodeProto]
+) -> tuple[onnx.NodeProto, ...]:
+    made = {name for node in nodes for name in node.output}
+    extra: list[onnx.NodeProto] = []
+
+    def need(names: Iterable[str]) -> None:
+        for name in names:
+            if name in counts and name not in made:
+                need(counts[name].input)
+                made.update(counts[name].output)
+                extra.append(counts[name])
+
+    for node in nodes:
+        need(node.input)
+    return (*extra, *nodes)
+
+
 def _uses(
-    lowered: Lowered, spans: Sequence[tuple[int, int]]
+    parts: Sequence[Sequence[onnx.NodeProto]], counts: Mapping[str, onnx.NodeProto]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tensor -> the segment that makes it, and the last one that reads it."""
     made: dict[str, int] = {}
     read: dict[str, int] = {}
-    for index, (begin, end) in enumerate(spans):
-        for node in lowered.nodes[begin:end]:
-            made.update(dict.fromkeys(node.output, index))
+    for index, nodes in enumerate(parts):
+        for node in nodes:
+            made.update({n: index for n in node.output if n not in counts})
             read.update(dict.fromkeys(node.input, index))
     return made, read
 

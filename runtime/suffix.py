@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from resq_deploy.faults import Flips
 from resq_deploy.runtime.channels import ChannelKernel, Channels, channel_kernel
 from resq_deploy.runtime.forms import Lowered
-from resq_deploy.runtime.ort import CHUNK, Changed, OrtRunner, in_parts, same_bytes
+from resq_deploy.runtime.ort import CHUNK, Changed, OrtRunner, same_nodes
 from resq_deploy.runtime.runner import Images, Logits
-from resq_deploy.runtime.segments import Segment, Tensors, cut, run_segment
+from resq_deploy.runtime.segments import Segment, Tensors
+from resq_deploy.runtime.stages import in_parts, part_sizes, same_bytes
 
 MEMORY = 2**30  # default budget for golden tensors, bytes
 _WIDE_CHUNK = 32  # images at once, where the number does not matter for the result
@@ -65,10 +66,10 @@ class _State:
     live: Tensors
 
 
-class SuffixRunner:
+class SuffixEngine:
     """Faulty logits of one fixed set of images, by way of the golden run's tensors.
 
-        suffix = SuffixRunner(runner, images, memory=2**30)
+        suffix = SuffixEngine(runner, images, memory=2**30)
         suffix.golden                  # float32 [N, classes]
         suffix.logits(flips)           # the same bits as: with runner.faults(flips): runner(images)
 
@@ -125,17 +126,13 @@ class SuffixRunner:
     # preparation
 
     def _prepare(self, lowered: Lowered, memory: int) -> None:
-        starts = _image_major(self.runner, lowered, self.images[:2])
-        self._segments = cut(lowered, starts, self.runner.types)
-        self._sessions = self.runner.each(lambda s: s.build(lowered.arrays), self._segments)
+        self._segments, self._sessions = self.runner.segments, self.runner.sessions
         self._cost = [0.0] * len(self._segments)
         self._whole = any(s.row_sensitive for s in self._segments)
         step = CHUNK if self._whole else _WIDE_CHUNK
         count = len(self.images)
         self._spans = [(i, min(i + step, count)) for i in range(0, count, step)]
-        self._parts = self.runner.part_sizes(self._segments)
-        if not self._whole:
-            self._parts = [size * 2 if size < 4 else step for size in self._parts]
+        self._parts = part_sizes(lowered, self._segments)
         self._last = {n: k for k, s in enumerate(self._segments) for n in s.inputs}
         self._last[self._output] = len(self._segments)
         for k, segment in enumerate(self._segments):
@@ -214,7 +211,7 @@ class SuffixRunner:
             return None
         changed = self.runner.changed(flips)
         after = self.runner.relowered(changed)
-        if after.nodes is not before.nodes and after.nodes != before.nodes:
+        if not same_nodes(before, after):
             return None
         faulty = self._faulty(changed, before, after)
         if len(faulty) > 1 and sum(self._cost[faulty[0] :]) > _FULL * sum(self._cost):
@@ -336,30 +333,3 @@ def _rows_differ(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
     if x.shape[1] % 8 == 0:
         x, y = x.view(np.uint64), y.view(np.uint64)
     return np.asarray((x != y).any(axis=1))
-
-
-def _image_major(runner: OrtRunner, lowered: Lowered, images: Images) -> list[int]:
-    """The layer starts at which every tensor that crosses holds one row for each image, in order."""
-    segments = cut(lowered, lowered.starts, runner.types)
-    sessions = runner.each(lambda s: s.build(lowered.arrays), segments)
-    name = runner.graph.inputs[0].name
-    both: Tensors = {name: images}
-    second: Tensors = {name: images[-1:]}
-    for segment, session in zip(segments, sessions, strict=True):
-        both.update(run_segment(segment, session, both))
-        second.update(run_segment(segment, session, second))
-    bad = {n for n in both if not _is_row_of(both[n], second[n], len(images))}
-    last = {n: k for k, s in enumerate(segments) for n in s.inputs}
-    made = {n: k for k, s in enumerate(segments) for n in s.outputs}
-    return [
-        s.begin
-        for k, s in enumerate(segments)
-        if s.begin and not any(made.get(n, 0) < k <= last.get(n, -1) for n in bad)
-    ]
-
-
-def _is_row_of(both: NDArray[Any], second: NDArray[Any], count: int) -> bool:
-    if both.ndim == 0 or len(both) != count or both[-1:].shape != second.shape:
-        return False
-    near = np.isclose(both[-1:].astype(np.float32), second, rtol=0.02, atol=1e-3, equal_nan=True)
-    return bool(near.mean() > 0.9)
