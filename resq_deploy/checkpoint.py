@@ -26,11 +26,9 @@ _Shape = tuple[int, int, int]
 class Checkpoint:
     """Weights with what they belong to.
 
-    `mean` and `std` are the preprocessing, per channel: the network sees (x - mean) / std of
-    pixels x in [0, 1].
-    `trained` says what was trained (stages, hyperparameters, data digest), `metrics` what was
-    measured: both are plain
-    numbers, texts, lists and dicts.
+    `mean` and `std` are the preprocessing, per channel: the network sees (x - mean) / std of pixels
+    x in [0, 1]. `trained` says what was trained (stages, hyperparameters, data digest), `metrics`
+    what was measured: both are plain numbers, texts, lists and dicts.
     """
 
     arch: str

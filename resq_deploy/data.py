@@ -125,10 +125,9 @@ def load(
     """The train or test split of a named data set.
 
     `spec`: `digits`, `fashion-mnist[:DIR]`, `cifar10:DIR`, `cifar100:DIR`, `gtsrb:DIR`,
-    `imagefolder:DIR` or `FILE.npz`.
-    `shape` (C, H, W) is what the images must have; an imagefolder is scaled and centre-cropped to
-    it.
-    Raises DataError, or MissingExtra where a reader needs a package that is not installed.
+    `imagefolder:DIR` or `FILE.npz`. `shape` (C, H, W) is what the images must have; an imagefolder
+    is scaled and centre-cropped to it. Raises DataError, or MissingExtra where a reader needs a
+    package that is not installed.
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}", "a data set has 'train' and 'test'")

@@ -26,8 +26,8 @@ def build(arch: str, *, input_shape: Shape, classes: int, args: Mapping[str, Any
 
     `arch`: `resnet8`, a torchvision classification model with or without `torchvision:`, or
     `pkg.module:factory` (called with input_shape=, classes= and `args`). Weights are drawn from
-    torch's global generator: seed it first.
-    Raises ModelError for an unknown name, or arguments the network does not take.
+    torch's global generator: seed it first. Raises ModelError for an unknown name, or arguments the
+    network does not take.
     """
     if len(input_shape) != 3 or min(input_shape) < 1 or classes < 1:
         raise ModelError(

@@ -61,8 +61,7 @@ def harden(
     """Train ARCH on DATA so that it bears attacks and bit flips (RESQ stages I and II).
 
     ARCH: resnet8, a torchvision model, or pkg.module:factory. Several GPUs: torchrun
-    --nproc-per-node N -m
-    resq_deploy.hardening.cli ARCH ...
+    --nproc-per-node N -m resq_deploy.hardening.cli ARCH ...
     """
     from resq_deploy.hardening import harden_model
 

@@ -2,10 +2,8 @@
 resq_deploy.quantization.
 
 The codes are those that resq-export writes, q = clip(round_half_even(w / s), -127, 127) with s =
-max|w| / 127 per output
-channel. Folding a BatchNorm into its convolution scales whole output channels, so it changes s and
-not the codes (a
-negative factor changes their sign).
+max|w| / 127 per output channel. Folding a BatchNorm into its convolution scales whole output
+channels, so it changes s and not the codes (a negative factor changes their sign).
 """
 
 from __future__ import annotations
@@ -136,10 +134,9 @@ class Sensitivity:
     """How much flips in each output channel raise the loss, to first order, averaged over training.
 
     E[(dL/dw * e)^2] summed over a channel, e the error of a random flip: its variance is that of
-    the channel's scale
-    squared, so s_c = scale_c^2 * sum(grad^2). The tilt is (s_c / its mean)^strength, bounded to
-    [1/4, 4] and normalized so
-    that the BER of the whole network stays what it is.
+    the channel's scale squared, so s_c = scale_c^2 * sum(grad^2). The tilt is (s_c / its
+    mean)^strength, bounded to [1/4, 4] and normalized so that the BER of the whole network stays
+    what it is.
     """
 
     def __init__(self, network: nn.Module, strength: float, decay: float = 0.95) -> None:

@@ -32,9 +32,8 @@ class Start:
 def start_from(init: str, arch: str, network: nn.Module, statistics: Statistics) -> Start:
     """Put weights into a network.
 
-    `init`: `imagenet` (layers that fit: stem and classifier of a small-image network are new), or
-    a file. Raises
-    ModelError if the file is of another network.
+    `init`: `imagenet` (layers that fit: stem and classifier of a small-image network are new), or a
+    file. Raises ModelError if the file is of another network.
     """
     if init == IMAGENET:
         _take_fitting(network, _imagenet(arch))

@@ -16,9 +16,8 @@ def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> T
     examples.
 
     mean_l mean_b ||f_l - t_l||^2 / (mean_b ||t_l||^2): BPFC's consistency (eq. 4) made free of
-    scale, so that one weight
-    fits every layer and a network gains nothing by shrinking its logits. No gradient flows into
-    the targets.
+    scale, so that one weight fits every layer and a network gains nothing by shrinking its logits.
+    No gradient flows into the targets.
     """
     parts = []
     for feature, target in zip(features, targets, strict=True):

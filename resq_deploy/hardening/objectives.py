@@ -26,10 +26,9 @@ class Step:
     """One batch and what a step may use.
 
     `images` float32 [B, C, H, W] in [0, 1]; `targets` class probabilities [B, classes]; `progress`
-    0 to 1 through the
-    phase; `backward` adds the gradient of a loss; `autocast` makes the context of mixed precision;
-    `generator` is of the
-    CPU and belongs to this step and this process, `shared` is the same in every process.
+    0 to 1 through the phase; `backward` adds the gradient of a loss; `autocast` makes the context
+    of mixed precision; `generator` is of the CPU and belongs to this step and this process,
+    `shared` is the same in every process.
     """
 
     images: Tensor
@@ -109,8 +108,8 @@ class AttackObjective(Plain):
     I||^2.
 
     x' is a perturbed x (a kind drawn for each step), D the relative feature distance. The gradient
-    for the single-step
-    kind comes from the clean pass's own backward, so that a step costs two passes and not three.
+    for the single-step kind comes from the clean pass's own backward, so that a step costs two
+    passes and not three.
     """
 
     def __init__(self, model: Pixels, settings: Attack) -> None:
@@ -147,9 +146,8 @@ class FaultObjective(AttackObjective):
     """Stage II: (1 - b) CE(f(x; w_q), y) + b CE(f(x'; w_f), y) + lambda D(f(x'; w_f), f(x; w_q)).
 
     w_q are the weights as INT8 codes say them, w_f the same with fresh bit flips, both
-    straight-through. x' is the
-    perturbed image of stage I where that stage is kept (`attack`), else x: the network is asked to
-    bear both at once.
+    straight-through. x' is the perturbed image of stage I where that stage is kept (`attack`), else
+    x: the network is asked to bear both at once.
     """
 
     def __init__(self, model: Pixels, settings: Fault, attack: Attack, keep_attack: bool) -> None:

@@ -76,19 +76,15 @@ def harden_model(
     """Train a network so that it bears attacks (stage I) and bit flips (stage II).
 
     `data`: a name that resq_deploy.data.load knows, or (train, test). `stages`: none (plain
-    training), 1, 2, 1+2; without
-    `init` plain training comes first. `init`: a checkpoint of the same network to start from, or
-    `imagenet` for
-    torchvision's weights. `output`: where the checkpoint goes after every stage; beside it lies
-    OUTPUT.state until the
-    end, from which `resume` goes on exactly. `log_dir`: event files for TensorBoard. Started by
-    torchrun, the processes
-    share the work. Returns the checkpoint with its metrics on the test split (fractions;
+    training), 1, 2, 1+2; without `init` plain training comes first. `init`: a checkpoint of the
+    same network to start from, or `imagenet` for torchvision's weights. `output`: where the
+    checkpoint goes after every stage; beside it lies OUTPUT.state until the end, from which
+    `resume` goes on exactly. `log_dir`: event files for TensorBoard. Started by torchrun, the
+    processes share the work. Returns the checkpoint with its metrics on the test split (fractions;
     simulated, not deployed).
 
     Raises DataError, ModelError (also when the loss is no longer finite: what was saved is kept),
-    MissingExtra.
-    Method: RESQ (arXiv 2603.15413); the losses are in docs/hardening.md.
+    MissingExtra. Method: RESQ (arXiv 2603.15413); the losses are in docs/hardening.md.
     """
     if stages not in STAGES:
         raise ModelError(f"unknown stages {stages!r}", f"one of: {', '.join(STAGES)}")

@@ -21,8 +21,8 @@ class Phase:
     """How long and how fast one stage trains.
 
     It lasts `epochs` passes over the training data, and at least `min_steps` steps; `lr` is the
-    peak of SGD (networks
-    with BatchNorm) per 128 examples of batch; `adam_lr` that of AdamW (all others).
+    peak of SGD (networks with BatchNorm) per 128 examples of batch; `adam_lr` that of AdamW (all
+    others).
     """
 
     epochs: float
@@ -37,11 +37,9 @@ class Attack:
     """Stage I: features that ignore small perturbations of the input.
 
     `eps` in pixels of [0, 1]; `adversarial` is the weight of the cross entropy of perturbed inputs
-    (that of clean inputs
-    is 1 minus it), `consistency` that of the feature distance at `layers` ("auto": the
-    classifier's input and the
-    logits), `lipschitz` that of Defensive Quantization's penalty; `mixup` is the Beta parameter
-    (0: off).
+    (that of clean inputs is 1 minus it), `consistency` that of the feature distance at `layers`
+    ("auto": the classifier's input and the logits), `lipschitz` that of Defensive Quantization's
+    penalty; `mixup` is the Beta parameter (0: off).
     """
 
     phase: Phase = Phase(epochs=6, min_steps=100, lr=0.05, adam_lr=5e-4)
@@ -60,12 +58,10 @@ class Fault:
     """Stage II: weights that survive bit flips in their INT8 codes.
 
     `ber` is the bit error rate that training ends with (it rises from 0 over the first third);
-    `clip` bounds |w| to that
-    many root mean squares of its output channel (0: off); `faulty` is the weight of the loss under
-    flips (that of the
-    fault-free quantized network is 1 minus it); `sensitivity` is how strongly flips lean towards
-    the channels they hurt
-    most, 0 to 1; `reliability` how much more often examples are seen that flip easily (0: off).
+    `clip` bounds |w| to that many root mean squares of its output channel (0: off); `faulty` is the
+    weight of the loss under flips (that of the fault-free quantized network is 1 minus it);
+    `sensitivity` is how strongly flips lean towards the channels they hurt most, 0 to 1;
+    `reliability` how much more often examples are seen that flip easily (0: off).
     """
 
     phase: Phase = Phase(epochs=6, min_steps=100, lr=0.01, adam_lr=2e-4)
@@ -79,12 +75,10 @@ class Fault:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All of hardening. `amp`: off, bf16 or fp16 (fp16 needs CUDA). `ema`: decay (less in short
-    phases) of the averaged
-    weights (0: off).
+    phases) of the averaged weights (0: off).
 
     `patience`: epochs without a better joint score before a stage ends (0: never); `holdout`: how
-    much of the training
-    data is kept apart to choose by.
+    much of the training data is kept apart to choose by.
     """
 
     plain: Phase = Phase(epochs=8, min_steps=160, lr=0.1, adam_lr=1e-3)

@@ -13,8 +13,8 @@ class Sampler:
     can be resumed exactly.
 
     Reliability-aware: an example's score is a running mean of how often it was wrong under
-    perturbation or faults; it is
-    drawn with weight 1 + strength * score. With strength 0 an epoch is a permutation.
+    perturbation or faults; it is drawn with weight 1 + strength * score. With strength 0 an epoch
+    is a permutation.
     """
 
     def __init__(self, examples: int, batch: int, seed: int, strength: float) -> None:
