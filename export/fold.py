@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
 
+_SMALL = 64  # elements; what describes shapes is smaller
 _RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"})
 _KEPT = frozenset({"QuantizeLinear", "DequantizeLinear", "If", "Loop", "Scan"})
 
@@ -45,10 +46,7 @@ def replace(field: Any, values: Iterable[Any]) -> None:
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """Shapes of all tensors as far as they can be inferred; None for a dimension that is not fixed."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     found: dict[str, tuple[int | None, ...]] = {t.name: tuple(t.dims) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         kind = value.type.tensor_type
@@ -57,6 +55,22 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
                 d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
             )
     return found
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose large initializers are inputs: shape inference copies a model more than once."""
+    graph = model.graph
+    large = [t for t in graph.initializer if np.prod(t.dims) > _SMALL]
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.node.extend(graph.node)
+    light.graph.input.extend(graph.input)
+    light.graph.output.extend(graph.output)
+    light.graph.initializer.extend(t for t in graph.initializer if np.prod(t.dims) <= _SMALL)
+    light.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large
+    )
+    return light
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
@@ -186,7 +200,11 @@ def _inherited(
     graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], wanted: Sequence[str], used: set[str]
 ) -> Mapping[str, str]:
     """Folded tensor -> name of the one float parameter that it alone is made of."""
-    floats = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    floats = {
+        t.name
+        for t in graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 1
+    }
     origins: dict[str, set[str]] = {name: {name} for name in floats}
     for node in nodes:
         merged = set().union(*(origins.get(name, set()) for name in node.input))

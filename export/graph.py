@@ -158,16 +158,25 @@ def _simplified(program: Any) -> onnx.ModelProto:
 def _pools(model: onnx.ModelProto) -> None:
     """ReduceMean over height and width -> GlobalAveragePool, in place: the same mean, and engines know it as a pool."""
     constants, shapes = fold.initializers(model.graph), fold.shapes(model)
+    nodes = []
     for node in model.graph.node:
+        nodes.append(node)
         if node.op_type != "ReduceMean" or len(shapes.get(node.input[0], ())) != 4:
             continue
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         axes = given.get("axes", [])
         if len(node.input) > 1 and node.input[1] in constants:
             axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        if {axis % 4 for axis in axes} == {2, 3} and given.get("keepdims", 1):
-            node.op_type = "GlobalAveragePool"
-            del node.attribute[:], node.input[1:]
+        if {axis % 4 for axis in axes} != {2, 3}:
+            continue
+        node.op_type = "GlobalAveragePool"
+        del node.attribute[:], node.input[1:]
+        if not given.get("keepdims", 1):
+            mean, node.output[0] = node.output[0], f"{node.output[0]}_pooled"
+            flat = helper.make_node("Flatten", [node.output[0]], [mean], name=f"{node.name}_flat")
+            flat.metadata_props.extend(node.metadata_props)
+            nodes.append(flat)
+    fold.replace(model.graph.node, nodes)
 
 
 def _name_batch(graph: onnx.GraphProto) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 import onnx
@@ -33,17 +32,19 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
 
     A node with a weight is called as the weight's module (`layer1.0.conv1`), and so are its weight and
     bias (`layer1.0.conv1.weight`). Any other node is called as its module if that is one of `leaves`
-    and makes no other node, else as module and operation (`layer1.0.add`). `prefix` is what a wrapper
+    and makes no other kind of node, else as module and operation (`layer1.0.add`). `prefix` is what a wrapper
     put before every path. What a node computes is called `NODE.out`.
     """
     graph = model.graph
     _unshare(graph)
     arrays = fold.initializers(graph)
     modules = [_module(node, arrays, prefix) for node in graph.node]
-    busy = Counter(modules)
+    kinds: dict[str, set[str]] = {}
+    for node, module in zip(graph.node, modules, strict=True):
+        kinds.setdefault(module, set()).add(node.op_type)
     unique, names = _Unique(), {INPUT: INPUT, OUTPUT: OUTPUT, "": ""}
     for node, module in zip(graph.node, modules, strict=True):
-        whole = _weight(node, arrays, prefix) or (module in leaves and busy[module] == 1)
+        whole = _weight(node, arrays, prefix) or (module in leaves and len(kinds[module]) == 1)
         parts = (module,) if whole else (module, node.op_type.lower())
         node.name = unique(".".join(filter(None, parts)))
         for position, name in enumerate(node.output):

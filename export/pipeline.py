@@ -94,9 +94,9 @@ def export_model(
     say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
 
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
-    plan = rules.plan(fp32)
-    ranges = calibrate(fp32, plan.activations, samples.batches(drawn.calibration), reporter=say)
     half = high_precision == "fp16"
+    plan = rules.plan(fp32, half=half)
+    ranges = calibrate(fp32, plan.activations, samples.batches(drawn.calibration), reporter=say)
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)

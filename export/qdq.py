@@ -45,14 +45,14 @@ def shared_scales(where: Plan, ranges: Mapping[str, HasScale]) -> dict[str, floa
     if missing:
         raise ModelError(f"tensor {missing[0]} has no activation range", "calibrate it")
     scales = {name: float(ranges[name].scale) for name in where.activations}
-    for group in where.groups:
-        widest = max(scales[name] for name in group)
-        scales.update(dict.fromkeys(group, widest))
     bad = [name for name, scale in scales.items() if not 0 < scale < np.inf]
     if bad:
         raise ModelError(
             f"tensor {bad[0]} has scale {scales[bad[0]]}", "check the calibration images"
         )
+    for group in where.groups:
+        widest = max(scales[name] for name in group)
+        scales.update(dict.fromkeys(group, widest))
     return scales
 
 

@@ -35,6 +35,7 @@ _MOVES = frozenset(
 _EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
 _AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})
 _INT8_FRIENDLY = frozenset({"Conv", "ConvTranspose", "Relu", "Clip", "Add", "MaxPool", "Concat"})
+_PREPROCESSING = frozenset({"Sub", "Div"})
 _INDEXING = frozenset({"Shape", "Size", "Range", "ConstantOfShape", "Cast", "NonZero"})
 
 _NORM = "mean and variance need more than 8 bits"
@@ -55,8 +56,9 @@ _REASONS: Mapping[str, str] = {
     "Elu": _GATE,
     "Mul": "a product of activations: a float epilogue costs nothing, INT8 costs accuracy",
     "Add": "a sum of float tensors: no INT8 convolution to join",
-    "Sub": "pixels are normalized in float",
-    "Div": "pixels are normalized in float",
+    "ReduceL2": _NORM,
+    "Relu": "the layer before it is float",
+    "Clip": "the layer before it is float",
     "MatMul": "attention: both operands are activations, fused attention kernels are float",
     "GlobalAveragePool": "the pooled tensor is float",
     "AveragePool": "the pooled tensor is float",
@@ -90,14 +92,19 @@ class Plan:
     float_ops: tuple[FloatOp, ...]
 
 
-def plan(fp32: onnx.ModelProto) -> Plan:
-    """Decide what of an FP32 graph (uniquely named nodes) becomes INT8, by the rules above."""
-    return _Planner(fp32).plan()
+def plan(fp32: onnx.ModelProto, *, half: bool = False) -> Plan:
+    """Decide what of an FP32 graph (uniquely named nodes) becomes INT8, by the rules above.
+
+    `half`: for a graph that becomes float16 (halves.py), without rule 5: ONNX Runtime (1.31) makes its
+    QLinearConcat of it, which takes no float16 scale. The Q/DQ behind the Concat says the same.
+    """
+    return _Planner(fp32, half).plan()
 
 
 @dataclass
 class _Planner:
     model: onnx.ModelProto
+    half: bool = False
     reads: dict[tuple[str, int], str] = field(default_factory=dict)
     merged: list[set[str]] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
@@ -161,7 +168,7 @@ class _Planner:
 
     def _is_first(self, node: onnx.NodeProto) -> bool:
         name = node.input[0]
-        while name in self.producers and self.producers[name].op_type in _MOVES | {"Sub", "Div"}:
+        while name in self.producers and self.producers[name].op_type in _MOVES | _PREPROCESSING:
             name = self.producers[name].input[0]
         return any(name == value.name for value in self.model.graph.input)
 
@@ -199,7 +206,7 @@ class _Planner:
     def _pool(self, node: onnx.NodeProto) -> None:
         if node.op_type not in _AVERAGE | {"MaxPool"} or not self._is_int8_later(node.output[0]):
             return
-        source = self.producers.get(node.input[0])
+        source = self.producers.get(self._origin(node.input[0]))
         friendly = source is not None and source.op_type in _INT8_FRIENDLY | _AVERAGE
         if friendly or node.input[0] in self.reads.values():
             self._read(node, 0)
@@ -208,7 +215,7 @@ class _Planner:
 
     def _concat(self, node: onnx.NodeProto) -> None:
         later = self._later(node.output[0])
-        if node.op_type != "Concat" or not later:
+        if node.op_type != "Concat" or not later or self.half:
             return
         if len({self._origin(name) for name in node.input}) == 1:
             return  # a rotation: pieces of one tensor
@@ -250,9 +257,14 @@ class _Planner:
         for node in self.model.graph.node:
             idle = node.op_type in _MOVES | _INDEXING or self._origin(node.output[0]) in self._sizes
             if node.name not in done and not idle:
-                default = "an elementwise operation between float tensors"
-                reason = self.thin.get(node.name) or _REASONS.get(node.op_type, default)
-                yield FloatOp(node=node.name, op=node.op_type, reason=reason)
+                yield FloatOp(node=node.name, op=node.op_type, reason=self._reason(node))
+
+    def _reason(self, node: onnx.NodeProto) -> str:
+        if node.name in self.thin:
+            return self.thin[node.name]
+        if node.op_type in _PREPROCESSING and self._is_first(node):
+            return "pixels are normalized in float"
+        return _REASONS.get(node.op_type, "an elementwise operation between float tensors")
 
     @property
     def _sizes(self) -> set[str]:
