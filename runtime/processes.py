@@ -179,7 +179,7 @@ class ProcessPool:
                     run.begun.discard(row.trial)
                     rows.append(row)
             case ("failed", kind, text, hint):
-                _raise(kind, text, hint)
+                raise_again(kind, text, hint)
 
     def _failed(self, worker: _Worker, status: Status, run: _Run, rows: list[Row]) -> None:
         """A worker died or hangs: the trial it was at is tried once more, then counts as DUE."""
@@ -311,16 +311,17 @@ def _serve(pipe: connection.Connection, factory: EngineFactory, threads: int) ->
         return
     except Exception as error:
         with contextlib.suppress(OSError):
-            pipe.send(("failed", type(error).__name__, *_words(error)))
+            pipe.send(("failed", type(error).__name__, *words_of(error)))
 
 
-def _words(error: Exception) -> tuple[str, str]:
+def words_of(error: Exception) -> tuple[str, str]:
+    """Message and hint of an error, to be sent to the process that has to raise it again."""
     if isinstance(error, ResqError):
         return error.message, error.hint
     return traceback.format_exc(), ""
 
 
-def _raise(kind: str, text: str, hint: str) -> None:
+def raise_again(kind: str, text: str, hint: str) -> None:
     """The worker's error, in this process: a ResqError as it was, a bug with the worker's traceback."""
     found = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, ResqError):
