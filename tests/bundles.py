@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from resq_deploy.bundle import Bundle, BundleWriter
+from resq_deploy.bundle import INT8, Bundle, BundleWriter, sha256_of
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.plan import locate
 from tests.runtime.graphs import NETS, images, quantize
@@ -31,7 +31,7 @@ def write_bundle(
     labels: NDArray[np.int64] = logits.argmax(axis=1)
     codes = {m.name: m.value for m in space.memories if m.kind == "weights"}
     with BundleWriter(path, force=force) as writer:
-        (writer.dir / "model.int8.onnx").write_bytes(model.SerializeToString())
+        (writer.dir / INT8).write_bytes(model.SerializeToString())
         (writer.dir / "model.fp32.onnx").write_bytes(float_model.SerializeToString())
         writer.save_npz("eval.npz", x=sample, y=labels)
         writer.save_npz("attacks/noise.npz", x=1 - sample, y=labels, index=np.arange(count))
@@ -43,6 +43,7 @@ def write_bundle(
         return writer.finish(
             _manifest(net, sample, codes, {m.name: m.layer for m in space.memories})
             | {"engines": {"host": _engine(found.coverage)}}
+            | {"attacks": {"noise": _attack(count, sha256_of(writer.dir / INT8))}}
             | {"classes": [f"class {i}" for i in range(logits.shape[1])]}
         )
 
@@ -84,16 +85,6 @@ def _manifest(
             "agreement": 1,
             "sqnr_db": {},
         },
-        "attacks": {
-            "noise": {
-                "attack": "noise",
-                "norm": "linf",
-                "eps": 1.0,
-                "crafted_through": "external",
-                "model_sha256": ZERO,
-                "samples": len(sample),
-            }
-        },
         "provenance": {
             "versions": {},
             "command": ["test"],
@@ -101,6 +92,17 @@ def _manifest(
             "model_sha256": ZERO,
             "calibration": {},
         },
+    }
+
+
+def _attack(samples: int, model_sha256: str) -> dict[str, Any]:
+    return {
+        "attack": "noise",
+        "norm": "linf",
+        "eps": 1.0,
+        "crafted_through": "external",
+        "model_sha256": model_sha256,
+        "samples": samples,
     }
 
 

@@ -1,0 +1,189 @@
+"""validate_bundle and resq-validate on a small bundle that runs, end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resq_deploy import console
+from resq_deploy.bundle import Bundle
+from resq_deploy.errors import AttackError, CampaignError, FaultError, RequirementError
+from resq_deploy.fault_models import parse
+from resq_deploy.report.model import Report
+from resq_deploy.runtime import evidence
+from resq_deploy.runtime.cli import command
+from resq_deploy.runtime.replay import replay_trial
+from resq_deploy.runtime.settings import Settings
+from resq_deploy.runtime.validate import JOURNAL, figure_names, validate_bundle
+from tests.bundles import write_bundle
+
+FEW = Settings(ber=(1e-3,), faults=("seu",), trials=4)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "net.resq", count=24)
+
+
+def _figures(report: Report) -> bytes:
+    """Everything but time and way of execution."""
+    kept = report.model_dump(mode="json")
+    for campaign in kept["campaigns"]:
+        for name in ("seconds", "images_per_second", "execution"):
+            del campaign[name]
+    return json.dumps([kept["figures"], kept["campaigns"], kept["attacks"]]).encode()
+
+
+def test_a_report_holds_every_figure_that_was_announced(bundle: Bundle, tmp_path: Path) -> None:
+    report = validate_bundle(bundle, replace(FEW, joint=True), output=tmp_path / "r", workers=1)
+    names = figure_names([parse(m) for m in FEW.models], ["noise,eps=255/255"], joint=True)
+    assert tuple(report.figures) == names
+    assert report.accuracy.mean == 1.0  # labels are what the network said
+    assert report.subject.weight_bits == 8 * report.subject.weights
+    assert (tmp_path / "r" / "report.html").exists()
+    assert Report.model_validate_json((tmp_path / "r" / "report.json").read_text()) == report
+
+
+def test_equal_settings_give_equal_figures_in_any_folder(bundle: Bundle, tmp_path: Path) -> None:
+    one = validate_bundle(bundle, FEW, output=tmp_path / "a", workers=1)
+    two = validate_bundle(bundle.path, FEW, output=tmp_path / "b" / "c", workers=2)
+    assert _figures(one) == _figures(two)
+
+
+def test_resuming_changes_no_figure_and_runs_nothing_twice(bundle: Bundle, tmp_path: Path) -> None:
+    whole = validate_bundle(bundle, FEW, output=tmp_path / "whole", workers=1)
+    validate_bundle(bundle, replace(FEW, trials=2), output=tmp_path / "part", workers=1)
+    resumed = validate_bundle(bundle, FEW, output=tmp_path / "part", workers=1, resume=True)
+    assert _figures(resumed) == _figures(whole)
+    assert [c.execution["trials_run_now"] for c in resumed.campaigns] == [2, 2]
+
+
+def test_a_journal_of_another_seed_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    validate_bundle(bundle, FEW, output=tmp_path / "r", workers=1)
+    with pytest.raises(CampaignError, match="seed"):
+        validate_bundle(bundle, replace(FEW, seed=1), output=tmp_path / "r", workers=1, resume=True)
+
+
+def test_a_trial_can_be_replayed(bundle: Bundle, tmp_path: Path) -> None:
+    validate_bundle(bundle, FEW, output=tmp_path / "r", workers=1)
+    found = replay_trial(tmp_path / "r", 3, campaign="ber=1e-3")
+    assert found.same
+    assert found.faults
+    with pytest.raises(CampaignError, match="which campaign"):
+        replay_trial(tmp_path / "r", 3)
+    with pytest.raises(CampaignError):
+        replay_trial(tmp_path / "r" / JOURNAL, 99, campaign="seu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"faults": ("rust",)}, FaultError),
+        ({"layers": ("nothing*",)}, FaultError),
+        ({"attacks": ("pgd",)}, AttackError),
+        ({"margin": 1e-9, "trials": None}, CampaignError),
+    ],
+)
+def test_bad_settings_leave_no_report(
+    bundle: Bundle, tmp_path: Path, wrong: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        validate_bundle(bundle, replace(FEW, **wrong), output=tmp_path / "r", workers=1)  # type: ignore[arg-type]
+    assert not (tmp_path / "r" / "report.json").exists()
+
+
+def test_an_unknown_figure_is_said_before_anything_is_made(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(RequirementError, match="accuracy@ber=1e-3"):
+        validate_bundle(bundle, FEW, output=tmp_path / "r", require=["acuracy@ber=1e-3 > 0.5"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_rates_are_written_as_people_do() -> None:
+    assert evidence.fault_label("ber:0.0001") == "ber=1e-4"
+    assert evidence.fault_label("ber:0.0025") == "ber=2.5e-3"
+    assert evidence.fault_label("mbu:4") == "mbu:4"
+
+
+def _run(bundle: Bundle, folder: Path, *more: str) -> int:
+    few = ["--ber", "1e-3", "--trials", "3", "--workers", "1", "--quiet", "-o", str(folder)]
+    return console.run(command, [str(bundle.path), *few, *more])
+
+
+def test_the_command_says_whether_requirements_are_met(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(bundle, tmp_path / "a", "--require", "accuracy >= 0.9") == 0
+    assert "report:" in capsys.readouterr().out
+    assert _run(bundle, tmp_path / "b", "--require", "accuracy < 50%") == 1
+
+
+def test_json_is_the_report(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(bundle, tmp_path / "a", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "a" / "report.json").read_text())
+
+
+def test_an_earlier_report_is_kept_unless_asked_for(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(bundle, tmp_path / "a") == 0
+    assert _run(bundle, tmp_path / "a") == 2
+    assert "--force" in capsys.readouterr().err
+    assert _run(bundle, tmp_path / "a", "--force") == 0
+
+
+def test_a_folder_with_something_else_is_never_written_to(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    assert _run(bundle, tmp_path, "--force") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ber", "2"], "between 0 and 1"),
+        (["--faults", "seu:3"], "takes no argument"),
+        (["--bits", "x"], "cannot be read"),
+        (["--eps", "0"], "8/255"),
+        (["--fault-list", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "mystery"], "digits"),
+        (["--where", "disk"], "weights"),
+        (["--workers", "none"], "workers"),
+    ],
+)
+def test_bad_input_is_one_line(
+    bundle: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    assert _run(bundle, tmp_path / "r", *arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "r" / "report.json").exists()
+
+
+def test_a_changed_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = write_bundle(tmp_path / "net.resq")
+    content = bytearray(broken.int8.read_bytes())
+    content[-1] ^= 1
+    broken.int8.write_bytes(content)
+    assert _run(broken, tmp_path / "r") == 2
+    assert "model.int8.onnx" in capsys.readouterr().err
+
+
+def test_data_of_ones_own(bundle: Bundle, tmp_path: Path) -> None:
+    sample = bundle.eval_sample()
+    np.savez(tmp_path / "own.npz", x=sample.images[:8], y=sample.labels[:8])
+    own = replace(FEW, data=str(tmp_path / "own.npz"), attacks=())
+    report = validate_bundle(bundle, own, workers=1)
+    assert report.data["images"] == 8
+    assert report.accuracy.n == 8
