@@ -50,6 +50,7 @@ class _Options:
     timing_cache: Path | None
     version_compatible: bool
     hardware_compatible: bool
+    refit: bool
     optimization_level: int | None
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +66,7 @@ def build_engine(
     timing_cache: str | os.PathLike[str] | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
+    refit: bool = False,
     optimization_level: int | None = None,
     reporter: Reporter | None = None,
 ) -> EngineInfo:
@@ -73,7 +75,8 @@ def build_engine(
     `batch`: smallest, best and largest batch of the optimization profile; an input with a fixed batch keeps it.
     `sm`: compute capabilities for TensorRT-RTX (86, "8.9", "SM120"; none: the library's default set).
     `workspace` in bytes. For TensorRT only: `timing_cache`, a file that is read and updated;
-    `version_compatible`, `hardware_compatible` (Ampere and later). `optimization_level` 0 to 5.
+    `version_compatible`, `hardware_compatible` (Ampere and later). `refit`: weights can be replaced later, by
+    `TrtRunner.open(..., injection="refit")` (TensorRT-RTX needs a GPU for it). `optimization_level` 0 to 5.
 
     Raises MissingExtra (library not installed) or BackendError: no GPU where one is needed, an unknown
     SM, a node the parser refuses, an option the backend does not have, a file that cannot be written.
@@ -81,7 +84,7 @@ def build_engine(
     options = _Options(
         backend, batch, tuple(str(s) for s in sm), workspace,
         Path(timing_cache) if timing_cache is not None else None,
-        version_compatible, hardware_compatible, optimization_level,
+        version_compatible, hardware_compatible, refit, optimization_level,
     )  # fmt: skip
     _check(options)
     module = library(backend)
@@ -164,6 +167,7 @@ class _Builder:
         extra = {
             "version_compatible": o.version_compatible,
             "hardware_compatible": o.hardware_compatible,
+            "refit": o.refit,
             "optimization_level": o.optimization_level,
             "workspace": o.workspace,
         }
@@ -195,6 +199,8 @@ class _Builder:
             config.builder_optimization_level = o.optimization_level
         if o.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if o.refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
         if o.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if o.timing_cache is not None:

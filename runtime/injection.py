@@ -190,21 +190,32 @@ def choose(name: str, runner: TrtRunner) -> Injection:
 def _find(runner: TrtRunner) -> dict[str, tuple[int, PlanMap]]:
     """Where each weight lies in the engine's blocks: tensor -> (block address, map of the block).
 
-    A tensor that several blocks hold is left out: which copy the engine reads is not known.
+    First in the layouts of the plan, then, for weights that no block has so, in all. A tensor that
+    several blocks hold is left out: which copy the engine reads is not known.
     """
     weights = {m.name: m.value for m in runner.space.memories if m.kind == "weights"}
-    least = min(value.nbytes for value in weights.values())
-    found: dict[str, list[tuple[int, PlanMap]]] = {}
-    for address, size in runner.loader.blocks.sizes.items():
-        if size >= least:
-            block = locate(runner.loader.device.download(address, size), weights)
-            for name in block.tensors:
-                found.setdefault(name, []).append((address, block))
+    known = {name: p.layout for name, p in runner.plan_map.tensors.items() if name in weights}
+    found = _in_blocks(runner, {name: weights[name] for name in known}, known)
+    missing = {name: value for name, value in weights.items() if name not in found}
+    found |= _in_blocks(runner, missing, {})
     return {
         name: places[0]
         for name, places in found.items()
         if len(places) == 1 and not places[0][1].tensors[name].copies
     }
+
+
+def _in_blocks(
+    runner: TrtRunner, weights: dict[str, NDArray[Any]], known: dict[str, str]
+) -> dict[str, list[tuple[int, PlanMap]]]:
+    found: dict[str, list[tuple[int, PlanMap]]] = {}
+    least = min((value.nbytes for value in weights.values()), default=None)
+    for address, size in runner.loader.blocks.sizes.items():
+        if least is not None and size >= least:
+            block = locate(runner.loader.device.download(address, size), weights, known)
+            for name in block.tensors:
+                found.setdefault(name, []).append((address, block))
+    return found
 
 
 def _share(space: FaultSpace, reaches: Any) -> float:

@@ -255,16 +255,19 @@ class PlanMap(_Strict):
         return offsets.reshape(-1), masks.view(np.uint8)
 
 
-def locate(plan: Any, initializers: Mapping[str, NDArray[Any]]) -> PlanMap:
+def locate(
+    plan: Any, initializers: Mapping[str, NDArray[Any]], known: Mapping[str, str] | None = None
+) -> PlanMap:
     """Find where a plan, or a block of device memory, keeps these tensors.
 
-    `plan`: bytes, bytearray or memoryview. `initializers`: name -> array (INT8 weights; other dtypes are
-    searched for verbatim), in the order the graph uses them: equal tensors are told apart by it. Every
-    located byte has been compared. Tensors that were not found, or not told apart, are listed with the reason.
+    `plan`: bytes, bytearray or memoryview. `initializers`: name -> array (INT8 weights; other dtypes
+    are searched for verbatim), in the order the graph uses them: equal tensors are told apart by it.
+    `known`: layouts of tensors that are looked for in no other. Every located byte has been compared.
+    Tensors that were not found, or not told apart, are listed with the reason.
     """
     haystack = bytes(plan) if isinstance(plan, memoryview) else plan
     arrays = {name: np.ascontiguousarray(array) for name, array in initializers.items()}
-    found, missing = search(haystack, arrays)
+    found, missing = search(haystack, arrays, known)
     widths = {name: array.itemsize for name, array in arrays.items()}
     resolved = resolve(len(haystack), list(arrays), found, widths)
     return PlanMap(

@@ -77,9 +77,12 @@ def copy_of(
 
 
 def search(
-    plan: Haystack, tensors: Mapping[str, NDArray[Any]]
+    plan: Haystack, tensors: Mapping[str, NDArray[Any]], known: Mapping[str, str] | None = None
 ) -> tuple[dict[str, tuple[Sighting, ...]], dict[str, str]]:
-    """Every place of every tensor, and for the others why they were not found. Layouts that fitted go first."""
+    """Every place of every tensor, and for the others why they were not found. Layouts that fitted go first.
+
+    `known`: tensors that are looked for in this one layout only.
+    """
     found: dict[str, tuple[Sighting, ...]] = {}
     missing: dict[str, str] = {}
     liked: dict[str, int] = {}
@@ -87,8 +90,12 @@ def search(
         if array.nbytes < _MIN_BYTES or np.unique(array).size < _MIN_DISTINCT:
             missing[name] = "too few different bytes to tell it from others"
             continue
-        layouts = sorted(candidates(array.shape), key=lambda layout: -liked.get(layout.tag, 0))
-        sightings = _first(plan, array, layouts)
+        sightings: tuple[Sighting, ...] = ()
+        if array.nbytes <= len(plan):
+            layouts = sorted(candidates(array.shape), key=lambda layout: -liked.get(layout.tag, 0))
+            if known and name in known:
+                layouts = [Layout(known[name], array.shape)]
+            sightings = _first(plan, array, layouts)
         if not sightings:
             missing[name] = "its bytes are not in the plan in any known layout"
         elif len(sightings) >= _MAX_HITS:

@@ -228,6 +228,35 @@ def test_options_that_make_no_sense_are_refused(
         build_engine(path, tmp_path / "m.plan", **options)
 
 
+def test_engine_options_reach_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REFIT builds of TensorRT-RTX need a GPU, so the build itself is left out."""
+    import tensorrt_rtx as trt
+
+    configs = []
+
+    class Builder(trt.Builder):  # type: ignore[misc]
+        def create_builder_config(self) -> Any:
+            configs.append(super().create_builder_config())
+            return configs[-1]
+
+        def build_serialized_network(self, network: Any, config: Any) -> None:
+            return None
+
+    monkeypatch.setattr(engine, "library", lambda backend: FakeModule(trt, Builder=Builder))
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    with pytest.raises(BackendError, match="could not build the engine: it gives no reason"):
+        build_engine(
+            path, tmp_path / "m.plan", backend="tensorrt", refit=True, version_compatible=True,
+            workspace=2**28, optimization_level=1,
+        )  # fmt: skip
+    config = configs[0]
+    assert config.get_flag(trt.BuilderFlag.REFIT)
+    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
+    assert config.builder_optimization_level == 1
+    assert config.num_optimization_profiles == 1
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
     with pytest.raises(BackendError, match="cannot write"):

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -48,10 +48,11 @@ def bundle(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
     folder = tmp_path_factory.mktemp(backend)
     checkpoint = folder / "model.pt"
+    target = cast(Literal["tensorrt", "tensorrt-rtx"], backend)
     harden_model("resnet8", "digits", output=checkpoint, stages="none", seed=0)
     try:
         return export_model(
-            checkpoint, targets=(backend,), sm=capability(backend), attacks=(), batch=(1, 64, 256)
+            checkpoint, targets=(target,), sm=capability(backend), attacks=(), batch=(1, 64, 256)
         )
     except BackendError as error:
         pytest.skip(str(error))
