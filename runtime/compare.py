@@ -1,0 +1,235 @@
+"""Dual resilience of a set of bundles: faults against attacks, and whether the one helps the other.
+
+    found = compare([Subject.of(path) for path in ("plain.resq", "I.resq", "I+II.resq")])
+    found.verdict                 # in a sentence
+
+Each bundle is compared with the one before it. What a step was meant for is read from the hardening stages that it
+adds: stage I is for attacks, II and III are for faults. So one sees what fault hardening did to attack resilience, and
+the other way round: RESQ (2603.15413) finds that the first helps and the second does not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import hypot
+from pathlib import Path
+from typing import Literal
+
+from resq_deploy.budget import ATTACKS
+from resq_deploy.bundle import Bundle
+from resq_deploy.errors import CampaignError
+from resq_deploy.report.model import Figure, Report
+
+Threat = Literal["faults", "attacks"]
+Effect = Literal["helps", "hurts", "undecided"]
+Measure = Callable[[Bundle], Report]
+
+_FAULT, _ATTACK = "accuracy@ber=", "robust@"
+_STAGES = {"I": {"stage I", "1"}, "II": {"stage II", "2"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A bundle and the figures that a validation found. `stages`: of hardening, among I, II, III."""
+
+    name: str
+    stages: tuple[str, ...]
+    figures: Mapping[str, Figure]
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], measure: Measure | None = None) -> Subject:
+        """A bundle with the report that resq-validate left beside it, or that `measure` makes now.
+
+        Raises CampaignError where there is neither.
+        """
+        from resq_deploy.runtime.contents import nearby_report
+
+        bundle = Bundle.open(path)
+        report = nearby_report(bundle) or (measure(bundle) if measure else None)
+        if report is None:
+            raise CampaignError(
+                f"{path} has no report of this very artifact beside it",
+                f"resq-validate {path} --joint",
+            )
+        return cls(_name(Path(path)), stages_of(bundle), report.figures)
+
+    @property
+    def label(self) -> str:
+        """The stages as people write them: `plain`, `I+II`."""
+        return "+".join(self.stages) or "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Difference of one figure between two bundles, with an interval that is a little too wide on the same images."""
+
+    figure: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def effect(self) -> Effect:
+        """`helps` or `hurts` where the interval leaves out 0."""
+        return "helps" if self.low > 0 else "hurts" if self.high < 0 else "undecided"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """From one bundle to the next. `against`: the threats that the stages it adds are for."""
+
+    before: str
+    after: str
+    added: tuple[str, ...]
+    against: tuple[Threat, ...]
+    fault: Change
+    attack: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The matrix: `rows` are bundles, `columns` the names of figures that any of them has.
+
+    `fault_figure` and `attack_figure` are the ones that steps are judged by: the highest bit error rate, and the
+    worst case over attacks (else the attack that leaves least), among those that all bundles have.
+    """
+
+    rows: tuple[Subject, ...]
+    columns: tuple[str, ...]
+    fault_figure: str
+    attack_figure: str
+    steps: tuple[Step, ...]
+    verdict: str
+
+
+def compare(subjects: Sequence[Subject]) -> Comparison:
+    """Put bundles beside each other. Raises CampaignError for fewer than two, or no figures in common."""
+    if len(subjects) < 2:
+        raise CampaignError("a comparison needs at least two bundles", "resq compare A.resq B.resq")
+    common = set.intersection(*(set(s.figures) for s in subjects))
+    fault = _hardest_fault(common)
+    attack = _hardest_attack(common, subjects)
+    steps = tuple(_step(before, after, fault, attack) for before, after in pairwise(subjects))
+    names = dict.fromkeys(n for s in subjects for n in s.figures if _shown(n))
+    return Comparison(
+        tuple(subjects), tuple(sorted(names, key=_order)), fault, attack, steps, verdict(steps)
+    )
+
+
+def stages_of(bundle: Bundle) -> tuple[str, ...]:
+    """Which of RESQ's stages a bundle went through, from what its manifest says of training and adjustment."""
+    training = bundle.manifest.provenance.training
+    phases = training.get("phases", ())
+    named = {str(p) for p in phases} if isinstance(phases, (list, tuple)) else set[str]()
+    named |= set(str(training.get("stages", "")).split("+"))
+    found = [stage for stage, words in _STAGES.items() if named & words]
+    return (*found, "III") if bundle.manifest.adjustment.applied else tuple(found)
+
+
+def difference(name: str, before: Figure, after: Figure) -> Change:
+    """after - before, by Newcombe's combination of their intervals (1998, method 10).
+
+    It holds for independent samples, whatever made the two intervals; on the same images, where outcomes go
+    together, it is wider than it need be.
+    """
+    gap = after.mean - before.mean
+    low = gap - hypot(after.mean - after.low, before.high - before.mean)
+    high = gap + hypot(after.high - after.mean, before.mean - before.low)
+    return Change(name, gap, max(low, -1.0), min(high, 1.0))
+
+
+def verdict(steps: Iterable[Step]) -> str:
+    """What the steps say about RESQ's asymmetry, in one sentence. Steps against both threats at once say nothing."""
+    single = [s for s in steps if len(s.against) == 1]
+    crossed = [s.attack.effect for s in single if s.against == ("faults",)]
+    back = [s.fault.effect for s in single if s.against == ("attacks",)]
+    if not crossed and not back:
+        return (
+            "No step adds hardening against one threat alone, so nothing can be said of asymmetry."
+        )
+    there = _tally("fault hardening", "attack resilience", crossed)
+    said = f"{there}; {_tally('attack hardening', 'fault resilience', back)}: "
+    if not crossed or not back:
+        return said + "asymmetry needs both kinds of step."
+    if "helps" in crossed and "hurts" not in crossed and "helps" not in back:
+        return said + "asymmetric, as RESQ finds."
+    if "helps" in back and "helps" not in crossed:
+        return said + "the other way round than RESQ finds."
+    if "helps" in crossed and "helps" in back:
+        return said + "each helps the other."
+    return said + "no asymmetry is shown by these figures."
+
+
+def _tally(what: str, which: str, effects: Sequence[Effect]) -> str:
+    if not effects:
+        return f"no step is {what} alone"
+    words = {"helps": "raised", "hurts": "lowered", "undecided": "did not clearly change"}
+    parts = [f"{words[e]} {which} in {effects.count(e)}" for e in words if e in effects]
+    return f"{what} {', '.join(parts)} of {len(effects)} step{'s' if len(effects) > 1 else ''}"
+
+
+def _step(before: Subject, after: Subject, fault: str, attack: str) -> Step:
+    added = tuple(s for s in after.stages if s not in before.stages)
+    against = [t for t, stages in _AGAINST.items() if set(added) & stages]
+    return Step(
+        before.name,
+        after.name,
+        added,
+        tuple(against),
+        difference(fault, before.figures[fault], after.figures[fault]),
+        difference(attack, before.figures[attack], after.figures[attack]),
+    )
+
+
+_AGAINST: Mapping[Threat, frozenset[str]] = {
+    "faults": frozenset({"II", "III"}),
+    "attacks": frozenset({"I"}),
+}
+
+
+def _hardest_fault(names: Iterable[str]) -> str:
+    rates = [n for n in names if n.startswith(_FAULT) and n.count("@") == 1]
+    if not rates:
+        raise CampaignError(
+            "these reports have no bit error rate in common", "validate each with the same --ber"
+        )
+    return max(rates, key=_rate)
+
+
+def _hardest_attack(names: Iterable[str], subjects: Sequence[Subject]) -> str:
+    attacks = [n for n in names if n.startswith(_ATTACK) and n.count("@") == 1]
+    if not attacks:
+        raise CampaignError(
+            "these reports have no attack in common", "export each with the same --attack and --eps"
+        )
+    worst = [n for n in attacks if n.startswith(f"{_ATTACK}worst")]
+    return min(worst or attacks, key=lambda n: sum(s.figures[n].mean for s in subjects))
+
+
+def _rate(name: str) -> float:
+    try:
+        return float(name.rpartition("ber=")[2])
+    except ValueError:
+        return -1.0
+
+
+def _shown(name: str) -> bool:
+    return name == "accuracy" or name.startswith((_FAULT, _ATTACK))
+
+
+def _order(name: str) -> tuple[int, int, float, str]:
+    """Clean, then faults by rate, then attacks from weak to strong, then both at once."""
+    if name == "accuracy":
+        return (0, 0, 0.0, name)
+    if name.startswith(_FAULT):
+        return (1, 0, _rate(name), name)
+    attack = name.removeprefix(_ATTACK).partition(",")[0]
+    strength = ATTACKS.index(attack) if attack in ATTACKS else len(ATTACKS)
+    return (2 + (name.count("@") > 1), strength, _rate(name), name)
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".resq") or str(path)
