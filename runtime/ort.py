@@ -4,7 +4,8 @@ How faults get in. A session packs its weights when it is made and runs the pack
 changed later in the initializer's buffer are silently not noticed; without packing they are, but
 every run is slower. Making a session anew costs milliseconds, so `faults` rebuilds those sessions
 whose weights change, from golden bytes with the bits flipped in them, and drops them afterwards.
-What runs inside `faults` is exactly `lower` of the flipped file.
+What runs inside `faults` is exactly `lower` of the flipped file, or, where a flip makes a scale or
+another float that can bring NaNs about, that file node by node.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.forms import MS, Lowered
-from resq_deploy.runtime.graph import Graph
+from resq_deploy.runtime.graph import Graph, sane_scale
 from resq_deploy.runtime.lower import lower_graph
 from resq_deploy.runtime.runner import Images, Logits, Runner
 from resq_deploy.runtime.segments import (
@@ -144,6 +145,15 @@ class OrtRunner(Runner):
         """Whether only INT8 codes change: then the lowered graph keeps its shape and its constants."""
         return all(self.space.by_name[name].kind == "weights" for name in changed)
 
+    def is_odd(self, changed: Changed) -> bool:
+        """Whether a parameter became one that can make a NaN: then the file runs node by node."""
+        kinds = {name: self.space.by_name[name].kind for name in changed}
+        odd_scale = any(
+            kinds[name] == "scales" and not sane_scale(value) for name, value in changed.items()
+        )
+        floats = [value for value in changed.values() if value.dtype.kind == "f"]
+        return odd_scale or any(not np.isfinite(value).all() for value in floats)
+
     def relowered(self, changed: Changed) -> Lowered:
         """The lowered graph of the file with some parameters exchanged."""
         assert self.lowered is not None
@@ -182,7 +192,7 @@ class OrtRunner(Runner):
 
     def _changed_stages(self, changed: Changed) -> Stages:
         """What runs with these parameters; sessions that they do not touch are the golden ones."""
-        if self.lowered is None:
+        if self.lowered is None or self.is_odd(changed):
             return self._whole(changed)
         before, after, golden = self.lowered, self.relowered(changed), self._golden
         if not same_nodes(before, after):  # parameters that fused kernels cannot take
@@ -212,7 +222,7 @@ class OrtRunner(Runner):
             if tensor.name in changed:
                 tensor.CopyFrom(numpy_helper.from_array(changed[tensor.name], tensor.name))
         options = session_options(1)
-        if self.mode == "plain":
+        if self.mode != "stock":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         else:
             options.add_session_config_entry("session.disable_quant_qdq", "0")

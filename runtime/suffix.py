@@ -69,9 +69,9 @@ class _State:
 class SuffixEngine:
     """Faulty logits of one fixed set of images, by way of the golden run's tensors.
 
-        suffix = SuffixEngine(runner, images, memory=2**30)
-        suffix.golden                  # float32 [N, classes]
-        suffix.logits(flips)           # the same bits as: with runner.faults(flips): runner(images)
+        engine = SuffixEngine(runner, images, memory=2**30)
+        engine.golden()                # float32 [N, classes]
+        engine.run(flips)              # the same bits as: with runner.faults(flips): runner(images)
 
     `memory` bytes bound the golden tensors; the largest are dropped first, and trials then start at
     the last ones kept. Where a graph cannot be cut, trials are full runs. Not for several threads.
@@ -80,7 +80,7 @@ class SuffixEngine:
     def __init__(self, runner: OrtRunner, images: Images, *, memory: int = MEMORY) -> None:
         self.runner = runner
         self.images = np.ascontiguousarray(images, dtype=np.float32)
-        self.golden = runner(self.images)
+        self._logits = runner(self.images)
         self.work = Work()
         self._input, self._output = runner.graph.inputs[0].name, runner.graph.outputs[0].name
         self._segments: tuple[Segment, ...] = ()
@@ -94,21 +94,27 @@ class SuffixEngine:
 
     @property
     def info(self) -> dict[str, Any]:
-        """For the report: layers, cuts and bytes kept, layers that are recomputed by channel."""
+        """For the report: cuts and bytes kept, layers that are recomputed by channel, the runner's."""
         stored = sum(v.nbytes for n, v in self._tensors.items() if n != self._input)
         return {
+            "engine": "suffix",
+            **self.runner.info,
             "layers": len(self._segments),
             "cuts": len(self._kept),
             "bytes": stored,
             "by_channel": len(self._kernels),
         }
 
+    def golden(self) -> Logits:
+        """Logits without faults, float32 [N, classes]; the same bits at every call."""
+        return self._logits.copy()
+
     def order(self, trials: Sequence[Flips]) -> list[int]:
         """Indices of trials, sorted so that those that start at the same layer follow each other."""
         starts = [min((k for n in t for k in self._readers.get(n, ())), default=0) for t in trials]
         return sorted(range(len(trials)), key=lambda i: (starts[i], i))
 
-    def logits(self, flips: Flips) -> Logits:
+    def run(self, flips: Flips) -> Logits:
         """Logits of all images with these bits flipped, float32 [N, classes]."""
         self.work.trials += 1
         self.work.possible += len(self.images) * max(1, len(self._segments))
@@ -118,7 +124,7 @@ class SuffixEngine:
             with self.runner.faults(flips):
                 return self.runner(self.images)
         if not trial.faulty:
-            return self.golden.copy()
+            return self._logits.copy()
         parts = self.runner.each(lambda span: self._run(trial, span), self._spans)
         self.runner.check_golden(flips)
         return np.concatenate(parts)
@@ -139,7 +145,7 @@ class SuffixEngine:
             for name in segment.params:
                 self._readers.setdefault(name, []).append(k)
         self._store(memory)
-        if not same_bytes(self._tensors[self._output], self.golden):
+        if not same_bytes(self._tensors[self._output], self._logits):
             self._segments, self._tensors = (), {}  # a cut changed a bit: run in full
             return
         for k, segment in enumerate(self._segments):
@@ -210,6 +216,8 @@ class SuffixEngine:
         if not self._segments or before is None:
             return None
         changed = self.runner.changed(flips)
+        if self.runner.is_odd(changed):
+            return None
         after = self.runner.relowered(changed)
         if not same_nodes(before, after):
             return None
@@ -266,7 +274,7 @@ class SuffixEngine:
                 self._rejoin(state, everyone)
             self._step(trial, k, state)
             k += 1
-        logits = self.golden[slice(*span)].copy()
+        logits = self._logits[slice(*span)].copy()
         if self._output in state.live:
             logits[state.rows - span[0]] = state.live[self._output]
         return logits

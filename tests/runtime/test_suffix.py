@@ -1,0 +1,118 @@
+"""Suffix runs give the bits of full runs, for every network and every fault model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resq_deploy.fault_models import parse, trial_rng
+from resq_deploy.faults import Flips
+from resq_deploy.runtime.ort import OrtRunner
+from resq_deploy.runtime.suffix import SuffixEngine
+from tests.runtime import graphs
+
+IMAGES = 37
+MODELS = ["seu", "bits:3", "bits:40", "ber:1e-4", "ber:1e-2", "mbu:4", "stuck-at-0:5"]
+MODELS += ["stuck-at-1:5", "byte", "word"]
+
+
+@pytest.fixture(scope="module", params=list(graphs.NETS))
+def engine(request: pytest.FixtureRequest) -> Iterator[SuffixEngine]:
+    model = graphs.quantized(request.param)
+    with OrtRunner(model, threads=2) as runner:
+        yield SuffixEngine(runner, graphs.images(model, IMAGES))
+
+
+def same_as_full_run(engine: SuffixEngine, flips: Flips) -> bool:
+    with engine.runner.faults(flips):
+        want = engine.runner(engine.images)
+    return engine.run(flips).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("word", MODELS)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_bits_of_a_full_run(engine: SuffixEngine, word: str, seed: int) -> None:
+    flips = parse(word).sample(engine.runner.space, trial_rng(seed, 0))
+    assert same_as_full_run(engine, flips)
+
+
+@pytest.mark.parametrize("kind", ["weights", "bias", "scales", "zero-points"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 3))
+def test_every_kind_of_memory(engine: SuffixEngine, kind: str, seed: int, count: int) -> None:
+    space = engine.runner.space.select(kinds=[kind])
+    chosen = np.random.default_rng(seed).choice(space.size, count, replace=False)
+    assert same_as_full_run(engine, space.flips(chosen))
+
+
+def test_golden_again_afterwards(engine: SuffixEngine) -> None:
+    golden = engine.golden()
+    engine.run(engine.runner.space.flips(np.arange(64)))
+    assert engine.golden().tobytes() == golden.tobytes()
+    assert engine.runner(engine.images).tobytes() == golden.tobytes()
+    assert engine.run(Flips({})).tobytes() == golden.tobytes()
+
+
+def test_work_is_saved(engine: SuffixEngine) -> None:
+    """Else the engine could be exact by always running in full."""
+    rng = np.random.default_rng(0)
+    before, possible = engine.work.layer_images, engine.work.possible
+    space = engine.runner.space.select(kinds=["weights"])
+    full = engine.work.full
+    for index in rng.choice(space.size, 40, replace=False):
+        engine.run(space.flips(np.array([index])))
+    assert engine.work.full == full
+    assert engine.work.layer_images - before < 0.6 * (engine.work.possible - possible)
+    assert engine.info["by_channel"] > 0
+
+
+@pytest.mark.parametrize("memory", [0, 20_000, 60_000])
+def test_any_memory_budget(memory: int) -> None:
+    model = graphs.quantized("resnet")
+    with OrtRunner(model, threads=1) as runner:
+        engine = SuffixEngine(runner, graphs.images(model, IMAGES), memory=memory)
+        assert engine.info["bytes"] <= memory + engine.golden().nbytes
+        rng = np.random.default_rng(memory)
+        for count in (1, 1, 1, 2, 5):
+            chosen = rng.choice(runner.space.size, count, replace=False)
+            assert same_as_full_run(engine, runner.space.flips(chosen))
+
+
+def test_a_masked_fault_costs_one_layer() -> None:
+    """The last weight of a dead input: no image differs behind the layer, so none goes on."""
+    model = graphs.quantized("resnet")
+    with OrtRunner(model, threads=1) as runner:
+        engine = SuffixEngine(runner, np.zeros((8, 3, 8, 8), np.float32))
+        first = next(m for m in runner.space.memories if m.kind == "weights")
+        flips = runner.space.select(layers=[first.layer], kinds=["weights"]).flips(np.array([7]))
+        before = engine.work.layer_images
+        assert engine.run(flips).tobytes() == engine.golden().tobytes()
+        assert engine.work.layer_images - before == 8
+
+
+def test_order_groups_by_layer() -> None:
+    model = graphs.quantized("resnet")
+    with OrtRunner(model, threads=1) as runner:
+        engine = SuffixEngine(runner, graphs.images(model, 4))
+        space = runner.space.select(kinds=["weights"])
+        rng = np.random.default_rng(0)
+        trials = [space.flips(rng.integers(0, space.size, 1)) for _ in range(30)]
+        order = engine.order(trials)
+        assert sorted(order) == list(range(30))
+        layers = [runner.space.by_name[next(iter(trials[i]))].layer for i in order]
+        changes = sum(a != b for a, b in pairwise(layers))
+        assert changes == len(set(layers)) - 1
+
+
+def test_exact_mode_runs_in_full() -> None:
+    model = graphs.quantized("vgg")
+    with OrtRunner(model, exact=True, threads=1) as runner:
+        engine = SuffixEngine(runner, graphs.images(model, 4))
+        assert same_as_full_run(engine, runner.space.flips(np.array([12, 345])))
+        assert engine.work.full == engine.work.trials == 1
