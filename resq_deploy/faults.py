@@ -127,10 +127,14 @@ class FaultSpace:
         """How many fault locations each of `memories` has, int64 [len(memories)]."""
         return np.diff(self._starts)
 
+    def parts(self) -> Iterator[tuple[Memory, tuple[int, ...]]]:
+        """Every tensor with the bit positions of it that take part."""
+        return iter(zip(self.memories, self._bits, strict=True))
+
     def cells(self) -> dict[tuple[str, int], int]:
         """How many fault locations each (layer, bit position) has."""
         found: dict[tuple[str, int], int] = {}
-        for memory, positions in zip(self.memories, self._bits, strict=True):
+        for memory, positions in self.parts():
             for bit in positions:
                 cell = memory.layer, bit
                 found[cell] = found.get(cell, 0) + memory.value.size
