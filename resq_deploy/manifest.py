@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from resq_deploy import strict_json
 from resq_deploy.errors import BundleError
 
 SCHEMA_VERSION = 1
@@ -161,8 +161,8 @@ class Manifest(Strict):
 def parse_manifest(content: bytes, path: Path) -> Manifest:
     """The manifest that these bytes are; `path` is named in errors. Raises BundleError."""
     try:
-        raw = json.loads(content, object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        raw = strict_json.loads(content)
+    except ValueError as error:
         raise BundleError(f"{path} is not JSON", "export the model again") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -180,15 +180,3 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
 def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}"
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different: two readers must not see two manifests in one."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")

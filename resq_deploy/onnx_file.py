@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,19 +10,38 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from onnx import TensorProto
 
 from resq_deploy.errors import IntegrityError
 
 _LIMIT = 2**31 - 1  # bytes: what protobuf can hold
 _CURE = "export the model again"
+_KINDS: dict[
+    int, tuple[str, int]
+] = {  # element type -> the field that holds it where raw_data does not, and its bytes
+    TensorProto.FLOAT: ("float_data", 4),
+    TensorProto.DOUBLE: ("double_data", 8),
+    TensorProto.FLOAT16: ("int32_data", 2),
+    TensorProto.BFLOAT16: ("int32_data", 2),
+    TensorProto.BOOL: ("int32_data", 1),
+    TensorProto.INT8: ("int32_data", 1),
+    TensorProto.UINT8: ("int32_data", 1),
+    TensorProto.INT16: ("int32_data", 2),
+    TensorProto.UINT16: ("int32_data", 2),
+    TensorProto.INT32: ("int32_data", 4),
+    TensorProto.INT64: ("int64_data", 8),
+    TensorProto.UINT32: ("uint64_data", 4),
+    TensorProto.UINT64: ("uint64_data", 8),
+}
 _FILE_OPS = frozenset({"EPContext"})  # operators that name a file for the engine to load
 
 
 def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """A graph with all its tensors inside the file.
 
-    Raises IntegrityError for a file that is no ONNX graph, is over 2 GiB, or refers to another file: a tensor with
-    external data (the engine would open whatever path stands there), or an operator that loads a compiled context.
+    Raises IntegrityError for a file that is no ONNX graph, is over 2 GiB, has a tensor whose size is not what its
+    shape says, or refers to another file: a tensor with external data (the engine would open whatever path stands
+    there), or an operator that loads a compiled context.
     """
     file = Path(path)
     try:
@@ -33,23 +53,37 @@ def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise IntegrityError(f"{file} cannot be read: {error.strerror}", _CURE) from error
     except (DecodeError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"{file} is not an ONNX file", _CURE) from error
-    if where := next(_outside(model), ""):
-        raise IntegrityError(f"{file} refers to another file, in {where[:80]}", _CURE)
+    if wrong := next(_wrong(model), ""):
+        raise IntegrityError(f"{file} {wrong}", _CURE)
     return model
 
 
-def _outside(message: Message) -> Iterator[str]:
-    """Names of everything in a graph, its subgraphs and its functions that is kept in another file."""
+def _wrong(message: Message) -> Iterator[str]:
+    """What is wrong anywhere in a graph, its subgraphs and its functions."""
     if isinstance(message, onnx.TensorProto):
         if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
-            yield f"tensor {message.name!r}"
+            yield f"refers to another file, in tensor {message.name[:80]!r}"
+        elif not _is_whole(message):
+            yield f"has a tensor {message.name[:80]!r} that is not what its shape says"
         return
     if isinstance(message, onnx.NodeProto) and message.op_type in _FILE_OPS:
-        yield f"operator {message.op_type}"
+        yield f"refers to another file, in operator {message.op_type}"
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in _parts(value):
-                yield from _outside(part)
+                yield from _wrong(part)
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor is of a type that our graphs have, and holds as many elements as its shape says."""
+    kind = _KINDS.get(tensor.data_type)
+    if kind is None or any(size < 0 for size in tensor.dims):
+        return False
+    field, width = kind
+    count = math.prod(tensor.dims)
+    if tensor.HasField("raw_data"):
+        return bool(len(tensor.raw_data) == count * width)
+    return bool(len(getattr(tensor, field)) == count)
 
 
 def _parts(value: Any) -> Iterator[Message]:

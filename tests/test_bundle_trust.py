@@ -167,6 +167,8 @@ def test_a_name_that_is_inside_stays_under_the_root(name: str) -> None:
         (b"[" * 10**6, "not JSON"),
         (b'{"schema_version": 1, "schema_version": 1}', "not JSON"),
         (b'{"schema_version": NaN}', "not JSON"),
+        (b'{"schema_version": 1e999}', "not JSON"),
+        (b'{"schema_version": "\\ud800"}', "not JSON"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"schema_version": 2}', "schema version 2"),
         (b'{"schema_version": true}', "name"),
@@ -267,6 +269,31 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
         read_onnx(tmp_path / "m.onnx")
     with pytest.raises(IntegrityError, match="cannot be read"):
         read_onnx(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dims", "raw"),
+    [
+        (TensorProto.FLOAT, [2**40], b""),
+        (TensorProto.INT8, [4], b"123"),
+        (TensorProto.INT8, [4], b"12345"),
+        (TensorProto.INT8, [-1, -4], b"1234"),
+        (TensorProto.FLOAT, [-1], b""),
+        (33, [4], b"1234"),
+        (0, [4], b"1234"),
+        (TensorProto.STRING, [1], b""),
+    ],
+)
+def test_a_tensor_that_lies_about_its_size_is_refused(
+    tmp_path: Path, kind: Any, dims: list[int], raw: bytes
+) -> None:
+    tensor = onnx.TensorProto(name="w", dims=dims, data_type=kind)
+    if raw:
+        tensor.raw_data = raw
+    model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor]))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(IntegrityError, match="not what its shape says"):
+        read_onnx(tmp_path / "m.onnx")
 
 
 def npy(header: str, body: bytes = b"", version: bytes = b"\x01\x00") -> bytes:

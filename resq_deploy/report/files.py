@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from xml.etree import ElementTree
 
 from pydantic import ValidationError
 
+from resq_deploy import strict_json
 from resq_deploy.errors import ResqError
 from resq_deploy.report import page, words
 from resq_deploy.report.markup import clean
@@ -72,12 +72,12 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     try:
         if file.stat().st_size > _LARGEST:
             raise ReportError(f"{file} is too large to be a report")
-        raw = json.loads(file.read_bytes())
+        raw = strict_json.loads(file.read_bytes())
     except OSError as error:
         raise ReportError(
             f"{file} cannot be read: {error.strerror}", "give the folder that resq-validate wrote"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ReportError(f"{file} is not JSON", "run resq-validate again") from error
     return _checked(raw, file)
 
