@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import weakref
 from typing import Any
 
 from resq_deploy.errors import BackendError, MissingExtra
@@ -60,30 +61,45 @@ def library(backend: str) -> Any:
 
 
 class Log:
-    """Keeps what the library says. `logger` is the object to hand to it, and must outlive what uses it."""
+    """Keeps what the library says from now on. `logger` is the object to hand to it.
+
+    While any builder or runtime lives, the library ignores every other logger than the first, so all
+    share one per process, and each Log hears it.
+    """
 
     def __init__(self, module: Any) -> None:
         self.lines: list[str] = []
         self.warnings: list[str] = []
-        errors, warnings = self.lines, self.warnings
-        severity = module.ILogger.Severity
-
-        class Logger(module.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                module.ILogger.__init__(self)
-
-            def log(self, level: Any, message: str) -> None:
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    errors.append(message)
-                elif level == severity.WARNING:
-                    warnings.append(message)
-
-        self.logger = Logger()
+        self.logger = _logger(module)
+        self.logger.heard_by.add(self)
 
     def clear(self) -> None:
         """Forget what was said so far."""
         self.lines.clear()
         self.warnings.clear()
+
+
+_LOGGERS: dict[Any, Any] = {}  # ILogger class of a library -> its one logger
+
+
+def _logger(module: Any) -> Any:
+    base, severity = module.ILogger, module.ILogger.Severity
+    if base in _LOGGERS:
+        return _LOGGERS[base]
+
+    class Logger(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.heard_by: weakref.WeakSet[Log] = weakref.WeakSet()
+
+        def log(self, level: Any, message: str) -> None:
+            for log in list(self.heard_by):
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    log.lines.append(message)
+                elif level == severity.WARNING:
+                    log.warnings.append(message)
+
+    return _LOGGERS.setdefault(base, Logger())
 
 
 def refusal(backend: str, version: str, doing: str, lines: list[str]) -> BackendError:

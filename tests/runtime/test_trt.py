@@ -329,6 +329,17 @@ def test_what_tensorrt_rtx_says_of_spoilt_plans(
     assert "\n" not in str(caught.value)
 
 
+def test_two_users_of_the_library_both_hear_what_it_says() -> None:
+    """It keeps to the first logger while anything lives that was given it."""
+    import tensorrt_rtx
+
+    loaders = [Loader("tensorrt-rtx", tensorrt_rtx, HostDevice()) for _ in range(2)]
+    assert loaders[0].log.logger is loaders[1].log.logger
+    for loader in loaders:
+        with pytest.raises(BackendError, match="another version"):
+            loader.load(b"xxxx" + bytes(500))
+
+
 def test_messages_of_tensorrt_become_one_line() -> None:
     from resq_deploy.runtime.trtlib import refusal
 
