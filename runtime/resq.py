@@ -167,6 +167,54 @@ def report(report: Path, output: Path | None, as_json: bool) -> int:
 
 
 @group.command(
+    short_help="Run one trial again, bit for bit.",
+    epilog="\b\nExamples:\n  resq replay model.report --trial 17 --campaign seu\n"
+    "  resq replay model.report --trial 0 --campaign ber=1e-4",
+)
+@click.argument("report", type=PATH)
+@click.option("--trial", type=click.IntRange(0), required=True, help="Its number, from 0.")
+@click.option("--campaign", help="Such as seu or ber=1e-4.  [default: the only one]")
+@click.option("--bundle", type=PATH, help="Where the bundle is now.  [default: where it was]")
+@JSON
+def replay(
+    report: Path, trial: int, campaign: str | None, bundle: Path | None, as_json: bool
+) -> int:
+    """Run one trial of a report's journal again, and compare the logits bit for bit.
+
+    Exit status 1 where they are not the same.
+    """
+    from resq_deploy.runtime.replay import replay_trial
+
+    found = replay_trial(report, trial, campaign=campaign, bundle=bundle)
+    if as_json:
+        console.print_json({"same": found.same, **asdict(found)})
+    else:
+        show(tables.replayed(campaign or "the only campaign", trial, found))
+    return console.OK if found.same else console.REQUIREMENT_NOT_MET
+
+
+@group.command(
+    short_help="Put bundles beside each other: faults against attacks.",
+    epilog="\b\nExample:\n  resq compare plain.resq stage1.resq stage2.resq",
+)
+@click.argument("bundles", type=PATH, nargs=-1, required=True)
+@JSON
+def compare(bundles: tuple[Path, ...], as_json: bool) -> None:
+    """Compare the reports of two or more bundles, each with the one before it.
+
+    Every bundle needs the report that resq-validate left beside it.
+    """
+    from resq_deploy.runtime.compare import Subject
+    from resq_deploy.runtime.compare import compare as compare_all
+
+    found = compare_all([Subject.of(path) for path in bundles])
+    if as_json:
+        console.print_json(tables.comparison_json(found))
+    else:
+        show(tables.compared(found))
+
+
+@group.command(
     short_help="Check a bundle, and its signature.",
     epilog="\b\nExamples:\n  resq verify model.resq\n  resq verify model.resq --key release.pub",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from rich.text import Text
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.report import words
+from resq_deploy.runtime.compare import Comparison
 from resq_deploy.runtime.contents import Check, Layer
+from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
 
 _DASH = "\u2013"
+_ACROSS = 4  # bundles beside each other
+_NAME = 12  # characters of a bundle's name
 
 
 def console() -> Console:
@@ -114,6 +119,61 @@ def plan(name: str, found: PlanMap) -> Iterable[Any]:
     yield table(("tensor", "layout", "offset", "located"), rows, left=2)
     for tensor, lost in found.unlocated.items():
         yield Text(f"not located: {tensor}, {lost.reason}")
+
+
+def replayed(name: str, trial: int, found: Replay) -> Iterable[Any]:
+    """One trial, then and now."""
+    same = "the same bits and bit-identical logits" if found.same else "NOT the same"
+    yield Text(f"{name}, trial {trial}: {same}", "bold" if found.same else "bold red")
+    rows = [
+        (key, getattr(found.before, key), getattr(found.now, key))
+        for key in ("status", "flips", "flips_sha", "logits_sha", "correct", "sdc1", "due")
+    ]
+    yield table(("", "then", "now"), rows)
+    for fault in found.faults:
+        yield Text(f"  {fault}")
+
+
+def compared(found: Comparison) -> Iterable[Any]:
+    """Figures down, bundles across, a few at a time; then each step, and the verdict."""
+    for start in range(0, len(found.rows), _ACROSS):
+        part = found.rows[start : start + _ACROSS]
+        rows = [
+            (name, *(words.mean(s.figures[name]) if name in s.figures else _DASH for s in part))
+            for name in found.columns
+        ]
+        yield table(
+            ("", *(s.name[-_NAME:] for s in part)), [("stages", *(s.label for s in part)), *rows]
+        )
+        yield Text("")
+    for step in found.steps:
+        added = "+".join(step.added) or "no stage"
+        yield Text(f"{step.before} -> {step.after} ({added} added)", "bold")
+        for change in (step.fault, step.attack):
+            low, high = change.low * 100, change.high * 100
+            yield Text(
+                f"  {change.figure}: {words.points(change.difference)} "
+                f"({low:+.1f} to {high:+.1f}), {change.effect}"
+            )
+    yield Text(found.verdict)
+
+
+def comparison_json(found: Comparison) -> dict[str, Any]:
+    """A comparison as JSON types."""
+    return {
+        "bundles": [
+            {
+                "name": s.name,
+                "stages": list(s.stages),
+                "figures": {n: f.model_dump(mode="json") for n, f in s.figures.items()},
+            }
+            for s in found.rows
+        ],
+        "fault_figure": found.fault_figure,
+        "attack_figure": found.attack_figure,
+        "steps": [asdict(step) for step in found.steps],
+        "verdict": found.verdict,
+    }
 
 
 def _adjusted(bundle: Bundle) -> str:

@@ -220,6 +220,56 @@ def test_report_renders_again(resq: Any, tmp_path: Path, demand: str, status: in
     }
 
 
+def report_beside(opened: Bundle, lift: float) -> None:
+    """A synthetic report of this artifact, with `lift` added to the accuracy at the highest rate."""
+    report = example.report()
+    sha = opened.manifest.files["model.int8.onnx"].sha256
+    figures = dict(report.figures)
+    name = "accuracy@ber=1e-2"
+    figures[name] = example.figure(figures[name].mean + lift, 25_600)
+    subject = report.subject.model_copy(update={"int8_sha256": sha})
+    changed = report.model_copy(update={"subject": subject, "figures": figures})
+    write_report(changed, opened.path.with_suffix(".report"))
+
+
+def test_compare(resq: Any, tmp_path: Path) -> None:
+    paths = []
+    for index in range(5):
+        opened = write_bundle(tmp_path / f"a-rather-long-name-{index}.resq")
+        report_beside(opened, index / 20)
+        paths.append(opened.path)
+    ran = resq("compare", *paths)
+    assert ran.status == 0
+    assert max(map(len, ran.out.splitlines())) <= 120
+    tables = ran.out.partition(" -> ")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "accuracy@ber=1e-2: +5.0 points" in ran.out
+    found = json.loads(resq("compare", *paths, "--json").out)
+    assert [b["name"] for b in found["bundles"]] == [p.stem for p in paths]
+    assert len(found["steps"]) == 4
+    lone = write_bundle(tmp_path / "lone.resq").path
+    assert resq("compare", paths[0], lone).status == 2
+    assert resq("compare", paths[0]).status == 2
+
+
+def test_replay(resq: Any, tmp_path: Path) -> None:
+    from resq_deploy.runtime.settings import Settings
+    from resq_deploy.runtime.validate import validate_bundle
+
+    opened = write_bundle(tmp_path / "net.resq")
+    settings = Settings(ber=(), faults=("seu",), trials=3, samples=4, attacks=())
+    validate_bundle(opened, settings, output=tmp_path / "r", workers="1")
+    ran = resq("replay", tmp_path / "r", "--trial", "2")
+    assert ran.status == 0
+    assert "the same bits and bit-identical logits" in ran.out
+    assert " bit " in ran.out
+    assert json.loads(resq("replay", tmp_path / "r", "--trial", "1", "--json").out)["same"]
+    gone = resq("replay", tmp_path / "r", "--trial", "3", "--campaign", "seu")
+    assert gone.status == 2
+    assert "no trial 3" in gone.err
+    assert "seu" in resq("replay", tmp_path / "r", "--trial", "0", "--campaign", "sue").err
+
+
 @pytest.mark.parametrize("which", ["manifest", "report", "weights"])
 def test_schemas_are_schemas_and_fit_our_files(resq: Any, bundle: Path, which: str) -> None:
     schema = json.loads(resq("schema", which).out)
