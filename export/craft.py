@@ -310,7 +310,7 @@ def _checkpoints(steps: int) -> frozenset[int]:
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return frozenset(int(np.ceil(share * steps)) for share in shares[1:])
+    return frozenset(int(np.ceil(round(share * steps, 6))) for share in shares[1:])
 
 
 def _length(delta: Tensor) -> Tensor:

@@ -311,7 +311,7 @@ def test_shadows_learn_and_are_written_back(case: Case) -> None:
     names = [WEIGHT, "layer1.conv1.bias", f"{WEIGHT}.scale"]
     learned = twin.learnable(names)
     assert np.array_equal(logits_of(twin, case.images), before)
-    twin(torch.from_numpy(case.images))[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    twin(torch.from_numpy(case.images))[:, 0].sum().backward()
     for name, parameter in learned.items():
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0, name
@@ -332,7 +332,8 @@ def test_shadows_learn_and_are_written_back(case: Case) -> None:
 
 
 def initializer(model: onnx.ModelProto, name: str) -> TensorProto:
-    return next(t for t in model.graph.initializer if t.name == name)
+    found: TensorProto = next(t for t in model.graph.initializer if t.name == name)
+    return found
 
 
 def test_an_untouched_twin_writes_the_same_graph(case: Case) -> None:
