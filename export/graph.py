@@ -54,6 +54,7 @@ class Preprocessed(nn.Module):
         plain = not any(mean) and all(s == 1 for s in std)
         self.preprocess = nn.Identity() if plain else Preprocess(mean, std)
         self.network = network
+        self.training = self.preprocess.training = False  # a torch.export program refuses eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [B, C, H, W] in [0, 1] -> float32 [B, classes]."""

@@ -95,27 +95,17 @@ def load_model(
 
 
 def try_out(module: nn.Module, shape: Shape, classes: int | None) -> int:
-    """Run two images of a shape; how many logits come out.
+    """Run two images of a shape, then three; how many logits come out.
 
-    Raises ModelError where the network refuses the shape, does not give one row of finite logits per
-    image, or has another number of classes.
+    Raises ModelError where the network refuses the shape or the batch, does not give one row of finite
+    logits per image, or has another number of classes.
     """
-    size = "x".join(map(str, shape))
-    try:
-        with torch.no_grad():
-            logits = module(
-                torch.linspace(0, 1, 2 * shape[0] * shape[1] * shape[2]).reshape(2, *shape)
-            )
-    except Exception as error:  # whatever a network's forward may raise
-        first = str(error).strip().partition("\n")[0][:160]
-        raise ModelError(
-            f"the network does not run on two images of {size}: {first}",
-            "give the --input-shape it was trained with; an exported program needs a dynamic batch",
-        ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+    _run(module, shape, 2)
+    logits = _run(module, shape, 3)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 3:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
-            f"the network makes {found} of two images", "it must give logits, [batch, classes]"
+            f"the network makes {found} of three images", "it must give logits, [batch, classes]"
         )
     if not torch.isfinite(logits).all():
         raise ModelError("the network makes logits that are not finite", "check the checkpoint")
@@ -125,6 +115,20 @@ def try_out(module: nn.Module, shape: Shape, classes: int | None) -> int:
             "choose the data it was trained on",
         )
     return int(logits.shape[1])
+
+
+def _run(module: nn.Module, shape: Shape, count: int) -> Any:
+    pixels = torch.linspace(0, 1, count * shape[0] * shape[1] * shape[2])
+    try:
+        with torch.no_grad():
+            return module(pixels.reshape(count, *shape))
+    except Exception as error:  # whatever a network's forward may raise
+        size = "x".join(map(str, shape))
+        first = str(error).strip().partition("\n")[0][:160]
+        raise ModelError(
+            f"the network does not run on {count} images of {size}: {first}",
+            "give the --input-shape it was trained with; an exported program needs a dynamic batch",
+        ) from error
 
 
 def _of_checkpoint(

@@ -78,6 +78,15 @@ def unsettle(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def save_exported(path: Path, *, fixed: bool = False) -> None:
+    """checkpoint() as a .pt2; `fixed`: for batches of two only."""
+    batch = None if fixed else ({0: torch.export.Dim("batch")},)
+    x = torch.rand(2, *SHAPE)
+    program = torch.export.export(checkpoint().network(), (x,), dynamic_shapes=batch)
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
 class Bomb:
     """Unpickling it creates a folder."""
 
