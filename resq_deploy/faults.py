@@ -188,9 +188,9 @@ class FaultSpace:
         """The flips at these integers in [0, N), each of them distinct."""
         ordered = np.sort(np.asarray(indices, dtype=np.int64))
         tensor, element, bit = self.locate(ordered)
-        cuts = np.flatnonzero(np.diff(tensor, prepend=-1, append=-1))
+        cuts = [*_firsts(tensor).tolist(), tensor.size]
         parts = {}
-        for start, stop in itertools.pairwise(cuts.tolist()):
+        for start, stop in itertools.pairwise(cuts):
             memory = self.memories[tensor[start]]
             parts[memory.name] = _gather(memory, element[start:stop], bit[start:stop])
         return Flips(parts)
@@ -295,6 +295,13 @@ def _gather(memory: Memory, elements: NDArray[np.int64], bits: NDArray[np.int64]
     """One mask per element; `elements` ascend."""
     dtype = np.dtype(f"u{memory.value.dtype.itemsize}")
     single = np.left_shift(np.uint64(1), bits.astype(np.uint64)).astype(dtype)
-    firsts = np.flatnonzero(np.diff(elements, prepend=-1))
+    firsts = _firsts(elements)
     masks = np.bitwise_or.reduceat(single, firsts) if firsts.size else single
     return TensorFlips(elements[firsts], masks)
+
+
+def _firsts(ascending: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each new value of an ascending array stands for the first time."""
+    new = np.ones(ascending.size, dtype=np.bool_)
+    np.not_equal(ascending[1:], ascending[:-1], out=new[1:])
+    return np.flatnonzero(new)

@@ -112,10 +112,14 @@ class Rule:
 
 
 class Inline:
-    """The pool of one engine in this process: no isolation, no time-out, nothing to start."""
+    """The pool of one engine in this process: no isolation, no time-out, nothing to start.
 
-    def __init__(self, engine: TrialEngine) -> None:
+    Rows are handed over every `seconds`, so that a journal does not commit each of many short trials.
+    """
+
+    def __init__(self, engine: TrialEngine, seconds: float = 0.05) -> None:
         self.engine = engine
+        self.seconds = seconds
         self._golden: Any = None
 
     def golden(self) -> Any:
@@ -126,9 +130,14 @@ class Inline:
 
     def run(self, job: Job, trials: Iterator[int]) -> Iterator[list[Row]]:
         """One after the other."""
-        golden = self.golden()
+        golden, rows, since = self.golden(), list[Row](), time.monotonic()
         for trial in trials:
-            yield [run_trial(self.engine, golden, job, trial)]
+            rows.append(run_trial(self.engine, golden, job, trial))
+            if time.monotonic() - since >= self.seconds:
+                yield rows
+                rows, since = [], time.monotonic()
+        if rows:
+            yield rows
 
     @property
     def info(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ from resq_deploy.runtime.trials import Job, Row, TrialEngine, run_trial
 
 VERSION = 1
 _COLUMNS = tuple(field.name for field in fields(Row))
+_values = attrgetter(*_COLUMNS)
 _TYPES = {"int": "INTEGER NOT NULL", "str": "TEXT NOT NULL", "Status": "TEXT NOT NULL"}
 _TYPES |= {"str | None": "TEXT", "int | None": "INTEGER", "float": "REAL NOT NULL"}
 _SCHEMA = f"""
@@ -223,7 +225,7 @@ class CampaignLog:
     def append(self, rows: Iterable[Row]) -> None:
         """Keep these, all or none. Raises CampaignError where the disk is full."""
         with self._journal._writing():
-            self._journal._db.executemany(_INSERT, [(self._key, *astuple(row)) for row in rows])
+            self._journal._db.executemany(_INSERT, [(self._key, *_values(row)) for row in rows])
 
 
 @dataclass(frozen=True, slots=True)

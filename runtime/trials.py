@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,30 +25,17 @@ Status = Literal["ok", "unreachable", "error", "crash", "hang"]
 
 
 class TrialEngine(Protocol):
-    """A deployed network with a fixed set of images: what a trial needs of a backend."""
+    """A deployed network with a fixed set of images: what a trial needs of a backend.
+
+    An engine that cannot change every bit of the fault space also has `unreachable(flips) -> int`, how
+    many of these bits it cannot change; one that has something to say to the report has `info`, JSON types.
+    """
 
     def golden(self) -> Logits:
         """Logits without faults, float32 [images, classes]; the same bits at every call."""
 
     def run(self, flips: Flips) -> Logits:
         """Logits of the same images with these bits flipped; memory is golden again afterwards."""
-
-
-@runtime_checkable
-class Reaching(Protocol):
-    """An engine that cannot change every bit of the fault space."""
-
-    def unreachable(self, flips: Flips) -> int:
-        """How many of these bits it cannot change."""
-
-
-@runtime_checkable
-class Described(Protocol):
-    """An engine that can say what it is, for the report."""
-
-    @property
-    def info(self) -> dict[str, object]:
-        """What runs: JSON types only."""
 
 
 EngineFactory = Callable[[int], TrialEngine]  # threads -> engine; picklable, called in each worker
@@ -162,26 +149,31 @@ def failure(golden: Logits, job: Job) -> Outcome:
 
 def reach(engine: TrialEngine, flips: Flips) -> tuple[Flips, int]:
     """The flips that the engine can make, and how many it cannot."""
-    if not isinstance(engine, Reaching) or not engine.unreachable(flips):
+    unreachable: Callable[[Flips], int] | None = getattr(engine, "unreachable", None)
+    if unreachable is None or not unreachable(flips):
         return flips, 0
     parts: dict[str, TensorFlips] = {}
     for name, part in flips.items():
-        kept = _reachable(engine, name, part)
+        kept = _reachable(unreachable, name, part)
         parts[name] = TensorFlips(part.elements[kept], part.masks[kept])
     left = Flips(parts)
     return left, flips.count - left.count
 
 
-def _reachable(engine: Reaching, name: str, part: TensorFlips) -> NDArray[np.bool_]:
+def _reachable(
+    unreachable: Callable[[Flips], int], name: str, part: TensorFlips
+) -> NDArray[np.bool_]:
     """Which elements of one tensor can be reached, by halving: the backend only says how many cannot."""
-    lost = engine.unreachable(Flips({name: part}))
+    lost = unreachable(Flips({name: part}))
     if lost == 0 or part.elements.size == 1:
         return np.full(part.elements.size, lost == 0)
     if lost == int(np.bitwise_count(part.masks).sum()):
         return np.zeros(part.elements.size, dtype=np.bool_)
     middle = part.elements.size // 2
     halves = (slice(None, middle), slice(middle, None))
-    found = [_reachable(engine, name, TensorFlips(part.elements[h], part.masks[h])) for h in halves]
+    found = [
+        _reachable(unreachable, name, TensorFlips(part.elements[h], part.masks[h])) for h in halves
+    ]
     return np.concatenate(found)
 
 

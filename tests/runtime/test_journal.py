@@ -28,7 +28,7 @@ class Stops(Inline):
     """Is interrupted after so many trials."""
 
     def __init__(self, after: int) -> None:
-        super().__init__(PlainEngine(RUNNER, SAMPLE.images))
+        super().__init__(PlainEngine(RUNNER, SAMPLE.images), seconds=0.0)
         self.after = after
 
     def run(self, job: Job, trials: Iterator[int]) -> Iterator[list[Row]]:
