@@ -1,0 +1,141 @@
+"""Dual resilience: differences, the matrix, the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resq_deploy.bundle import Bundle
+from resq_deploy.errors import CampaignError
+from resq_deploy.report.model import Figure
+from resq_deploy.runtime.compare import Change, Subject, compare, difference, stages_of
+from resq_deploy.statistics import wilson
+from tests.bundles import write_bundle
+
+FAULT, ATTACK = "accuracy@ber=1e-2", "robust@pgd,eps=8/255"
+
+
+def figure(share: float, n: int = 1000) -> Figure:
+    found = wilson(round(share * n), n)
+    return Figure(
+        mean=found.mean, low=found.low, high=found.high, confidence=0.95, method="Wilson", n=n
+    )
+
+
+def subject(stages: str, fault: float, attack: float, **more: float) -> Subject:
+    figures = {"accuracy": 0.9, "accuracy@ber=1e-4": 0.9, FAULT: fault, ATTACK: attack, **more}
+    names = tuple(s for s in stages.split("+") if s)
+    return Subject(stages or "plain", names, {k: figure(v) for k, v in figures.items()})
+
+
+def test_the_hardest_common_figures_are_compared() -> None:
+    more: Any = {"robust@fgsm,eps=8/255": 0.4, f"{ATTACK}@ber=1e-2": 0.0, "sdc1@seu": 0.1}
+    found = compare([subject("", 0.5, 0.1, **more), subject("I", 0.5, 0.5, **more)])
+    assert (found.fault_figure, found.attack_figure) == (FAULT, ATTACK)
+    assert found.columns == (
+        "accuracy",
+        "accuracy@ber=1e-4",
+        FAULT,
+        "robust@fgsm,eps=8/255",
+        ATTACK,
+        f"{ATTACK}@ber=1e-2",
+    )
+    more["robust@worst,eps=8/255"] = 0.3
+    found = compare([subject("", 0.5, 0.1, **more), subject("I", 0.5, 0.5, **more)])
+    assert found.attack_figure == "robust@worst,eps=8/255"
+
+
+def test_a_step_counts_for_the_threat_it_hardens_against() -> None:
+    rows = [subject("", 0.5, 0.1), subject("I", 0.5, 0.5), subject("I+II", 0.8, 0.6)]
+    found = compare(rows)
+    assert [(s.added, s.against) for s in found.steps] == [
+        (("I",), ("attacks",)),
+        (("II",), ("faults",)),
+    ]
+    assert found.steps[0].attack.effect == "helps"
+    assert found.steps[0].fault.effect == "undecided"
+    assert [row.label for row in found.rows] == ["plain", "I", "I+II"]
+
+
+@pytest.mark.parametrize(
+    ("attack_to_fault", "fault_to_attack", "message"),
+    [
+        (0.5, 0.6, "asymmetric, as RESQ finds"),
+        (0.3, 0.6, "asymmetric, as RESQ finds"),
+        (0.6, 0.6, "each helps the other"),
+        (0.6, 0.5, "the other way round"),
+        (0.5, 0.5, "no asymmetry is shown"),
+        (0.5, 0.3, "no asymmetry is shown"),
+    ],
+)
+def test_the_verdict(attack_to_fault: float, fault_to_attack: float, message: str) -> None:
+    rows = [
+        subject("", 0.5, 0.1),
+        subject("I", attack_to_fault, 0.5),
+        subject("I+II", 0.8, fault_to_attack),
+    ]
+    assert message in compare(rows).verdict
+
+
+def test_steps_against_both_or_none_say_nothing() -> None:
+    both = compare([subject("", 0.5, 0.1), subject("I+II", 0.8, 0.6)])
+    assert both.steps[0].against == ("faults", "attacks")
+    assert "nothing can be said" in both.verdict
+    one = compare([subject("I", 0.5, 0.1), subject("I+II", 0.8, 0.6)])
+    assert "needs both kinds of step" in one.verdict
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(CampaignError, match="at least two"):
+        compare([subject("", 0.5, 0.1)])
+    bare = Subject("bare", (), {"accuracy": figure(0.9)})
+    with pytest.raises(CampaignError, match="no bit error rate in common"):
+        compare([bare, subject("", 0.5, 0.1)])
+    faults = Subject("faults", (), {FAULT: figure(0.9)})
+    with pytest.raises(CampaignError, match="no attack in common"):
+        compare([faults, subject("", 0.5, 0.1)])
+
+
+@given(a=st.integers(0, 200), b=st.integers(0, 200))
+def test_intervals_of_differences_hold_the_difference(a: int, b: int) -> None:
+    before, after = figure(a / 200, 200), figure(b / 200, 200)
+    there, back = difference("x", before, after), difference("x", after, before)
+    assert -1 <= there.low <= there.difference <= there.high <= 1
+    assert [there.low, there.high] == pytest.approx([-back.high, -back.low])
+    assert (a == b) <= (there.effect == "undecided")
+
+
+def test_newcombe_gives_the_published_interval() -> None:
+    """56/70 against 48/80 (Newcombe 1998, table II, example a, method 10): 0.0524 to 0.3339."""
+    found = difference("x", figure(48 / 80, 80), figure(56 / 70, 70))
+    assert [found.low, found.high] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+
+
+def test_stages_are_read_from_the_manifest(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "net.resq")
+    assert stages_of(bundle) == ("III",)
+    for training, wanted in (
+        ({"stages": "1+2"}, ("I", "II", "III")),
+        ({"stages": "none", "phases": ["plain"]}, ("III",)),
+        ({"stages": "2", "phases": ["plain", "stage I", "stage II"]}, ("I", "II", "III")),
+    ):
+        provenance = bundle.manifest.provenance.model_copy(update={"training": training})
+        manifest = bundle.manifest.model_copy(update={"provenance": provenance})
+        assert stages_of(Bundle(bundle.path, manifest)) == wanted
+
+
+def test_a_bundle_without_a_report_says_how_to_get_one(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "net.resq")
+    with pytest.raises(CampaignError, match="no report") as found:
+        Subject.of(tmp_path / "net.resq")
+    assert "resq-validate" in found.value.hint
+
+
+def test_an_effect_needs_an_interval_off_zero() -> None:
+    assert Change("x", 0.1, 0.01, 0.2).effect == "helps"
+    assert Change("x", -0.1, -0.2, -0.01).effect == "hurts"
+    assert Change("x", 0.1, -0.01, 0.2).effect == "undecided"
