@@ -1,0 +1,381 @@
+"""Fault campaigns at the speed of inference: ResNet18 at 32x32, 256 images a trial.
+
+    python benchmarks/campaign.py                       everything, about ten minutes on 2 cores
+    python benchmarks/campaign.py --bundle model.resq   with trained weights, from a bundle of ResNet18
+    python benchmarks/campaign.py --long 0              without the long campaign on resnet8
+
+Sides, taken in turns, medians compared:
+  ours        OrtRunner on the deployed file (TensorRT's Q/DQ rules), and on quantize_static's file
+  ort s8      quantize_static (S8 activations, S8 weights, QDQ, per channel) in stock ONNX Runtime
+  openvino    the same INT8 files, the fastest of one or two streams and of three batches
+  ber         each bit flipped with probability 1e-4, 256 images a trial
+  seu         one bit a trial, suffix runs; against full INT8 runs without any injection cost
+  pytorchfi   one weight a trial in torch, float32 (`pip install pytorchfi`; without the package its
+              own way is followed: copy the model, set one weight, run all images)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from resq_deploy.fault_models import parse, trial_rng
+from resq_deploy.runtime.ort import OrtRunner
+from resq_deploy.runtime.suffix import SuffixEngine
+
+IMAGES = 256
+CLASSES = 10
+THREADS = 2
+BATCHES = (16, 32, 128)
+Images = NDArray[np.float32]
+Side = Callable[[], int]  # does some work; how many images that was
+
+
+def network(name: str, images: Images, seed: int = 0) -> Any:
+    """A network with random weights and batch statistics of the images, in eval mode."""
+    import torch
+
+    from resq_deploy.networks import build
+
+    torch.manual_seed(seed)
+    net = build(name, input_shape=(3, 32, 32), classes=CLASSES, args={})
+    net.train()
+    with torch.no_grad():
+        for part in np.split(images[:128], 2):
+            net((torch.from_numpy(part) - 0.5) / 0.25)
+    return net.eval()
+
+
+def pictures(count: int, seed: int = 0) -> Images:
+    """Smooth random colour images in [0, 1], float32 [count, 3, 32, 32]."""
+    coarse = np.random.default_rng(seed).random((count, 3, 8, 8), dtype=np.float32)
+    fine = np.repeat(np.repeat(coarse, 4, axis=2), 4, axis=3)
+    return np.ascontiguousarray((fine + np.roll(fine, 2, 2) + np.roll(fine, 2, 3)) / 3)
+
+
+def deployed(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
+    """The INT8 graph as the exporter writes it."""
+    from resq_deploy.export.calibrate import calibrate
+    from resq_deploy.export.qdq import activation_tensors, quantize_graph
+
+    return quantize_graph(fp32, calibrate(fp32, activation_tensors(fp32), np.split(images, 4)))
+
+
+def float_graph(name: str, images: Images) -> onnx.ModelProto:
+    """A network with random weights as FP32 ONNX."""
+    from resq_deploy.export.graph import Preprocessed, to_onnx
+
+    wrapped = Preprocessed(network(name, images), [0.5] * 3, [0.25] * 3)
+    return to_onnx(wrapped, (3, 32, 32), name=name)
+
+
+def stock_s8(fp32: Path, out: Path, images: Images) -> None:
+    """ONNX Runtime's own quantizer: S8S8, QDQ, per channel, symmetric."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.parts = iter(np.split(images[:64], 4))
+
+        def get_next(self) -> dict[str, Images] | None:
+            part = next(self.parts, None)
+            return None if part is None else {"input": part}
+
+    quantize_static(
+        fp32, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )  # fmt: skip
+
+
+def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images]:
+    """The deployed file, quantize_static's, and the images to run."""
+    fp32 = folder / "fp32.onnx"
+    int8, s8 = folder / "int8.onnx", folder / "s8.onnx"
+    if bundle:
+        from resq_deploy.bundle import Bundle
+
+        opened = Bundle.open(bundle)
+        fp32, int8, images = opened.fp32, opened.int8, opened.eval_sample().images[:IMAGES]
+    else:
+        images = pictures(IMAGES)
+        graph = float_graph("resnet18", images)
+        onnx.save(graph, fp32)
+        onnx.save(deployed(graph, images[:64]), int8)
+    stock_s8(fp32, s8, images)
+    return int8, s8, np.ascontiguousarray(images)
+
+
+def stock_ort(path: Path, images: Images) -> dict[str, Side]:
+    """Stock ONNX Runtime, default options but for the number of threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def side(batch: int) -> Side:
+        return lambda: len(session.run(None, {name: images[:batch]})[0])
+
+    return {f"batch {b}": side(b) for b in BATCHES}
+
+
+def openvino(path: Path, images: Images) -> dict[str, Side]:
+    """OpenVINO, one stream with two threads, and two streams."""
+    import openvino as ov
+
+    core = ov.Core()
+    sides: dict[str, Side] = {}
+    for streams in (1, THREADS):
+        options = {"INFERENCE_NUM_THREADS": THREADS, "NUM_STREAMS": streams}
+        compiled = core.compile_model(core.read_model(path), "CPU", options)
+        for batch in BATCHES:
+            sides[f"{streams} streams, batch {batch}"] = _queue(
+                ov.AsyncInferQueue(compiled, streams), images[:batch], streams
+            )
+    return sides
+
+
+def _queue(queue: Any, part: Images, streams: int) -> Side:
+    def side() -> int:
+        for _ in range(streams):
+            queue.start_async({0: part})
+        queue.wait_all()
+        return streams * len(part)
+
+    return side
+
+
+def in_turns(sides: Mapping[str, Side], rounds: int, least: float = 0.25) -> dict[str, float]:
+    """Images/s of each side: median over rounds in which all sides take their turn."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+    for _ in range(rounds):
+        for name, side in sides.items():
+            began, done = time.perf_counter(), 0
+            while time.perf_counter() - began < least:
+                done += side()
+            rates[name].append(done / (time.perf_counter() - began))
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+def best(sides: dict[str, Side], rounds: int = 3) -> tuple[str, Side]:
+    """The fastest setting of one contestant."""
+    rates = in_turns(sides, rounds)
+    name = max(rates, key=lambda n: rates[n])
+    return name, sides[name]
+
+
+def golden_rates(
+    int8: Path, s8: Path, images: Images, rounds: int
+) -> tuple[dict[str, float], OrtRunner]:
+    """Golden throughput of all sides on both files."""
+    ours = OrtRunner(onnx.load(int8), threads=THREADS)
+    ours_s8 = OrtRunner(onnx.load(s8), threads=THREADS)
+    sides: dict[str, Side] = {
+        "ours, deployed file": lambda: len(ours(images)),
+        "ours, quantize_static file": lambda: len(ours_s8(images)),
+    }
+    for label, path in (("deployed", int8), ("quantize_static", s8)):
+        for who, make in (("ort", stock_ort), ("openvino", openvino)):
+            setting, side = best(make(path, images))
+            print(f"{who} on the {label} file is fastest at: {setting}", flush=True)
+            sides[f"{who}, {label} file"] = side
+    return in_turns(sides, rounds), ours
+
+
+def trials(engine: SuffixEngine, word: str, count: int, seed: int) -> Iterator[Any]:
+    """The flips of a campaign on the INT8 weights."""
+    space = engine.runner.space.select(kinds=["weights"])
+    model = parse(word)
+    for trial in range(count):
+        yield model.sample(space, trial_rng(seed, trial))
+
+
+def faulty_rates(
+    runner: OrtRunner, images: Images, seu: int, ber: int
+) -> tuple[dict[str, float], SuffixEngine]:
+    """Seconds of one golden run, one BER trial, one SEU trial, one full run with its injection."""
+    engine = SuffixEngine(runner, images)
+    spent: dict[str, list[float]] = {"golden": [], "ber": [], "seu": [], "full": []}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = work()
+        spent[name].append(time.perf_counter() - began)
+        return result
+
+    def full(flips: Any) -> Any:
+        with runner.faults(flips):
+            return runner(images)
+
+    singles = list(trials(engine, "seu", seu, seed=1))
+    block = max(1, seu // ber)
+    for turn, flips in enumerate(trials(engine, "ber:1e-4", ber, seed=2)):
+        timed("golden", lambda: runner(images))
+        timed("ber", lambda flips=flips: engine.run(flips))
+        for k, single in enumerate(singles[turn * block : (turn + 1) * block]):
+            got = timed("seu", lambda single=single: engine.run(single))
+            if k == 0:
+                want = timed("full", lambda single=single: full(single))
+                if got.tobytes() != want.tobytes():
+                    raise SystemExit("a suffix run differs from the full run")
+    means = {name: statistics.mean(found) for name, found in spent.items()}
+    middle = {name: statistics.median(spent[name]) for name in ("golden", "ber", "full")}
+    return {**means, **middle}, engine
+
+
+def pytorchfi(images: Images, count: int) -> tuple[str, float]:
+    """Seconds of a trial in torch: who did it, and the median."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    net = network("resnet18", images)
+    batch = torch.from_numpy((images - 0.5) / 0.25)
+    rng = np.random.default_rng(3)
+    name, corrupt = _pytorchfi(net)
+    spent = []
+    with torch.inference_mode():
+        net(batch[:32])
+        for _ in range(count):
+            began = time.perf_counter()
+            corrupt(rng)(batch)
+            spent.append(time.perf_counter() - began)
+    return name, statistics.median(spent)
+
+
+def _pytorchfi(net: Any) -> tuple[str, Callable[[np.random.Generator], Any]]:
+    """A function that gives a copy of the network with one weight changed."""
+    import torch
+
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+
+    def by_hand(rng: np.random.Generator) -> Any:
+        clone = copy.deepcopy(net)
+        layers = [m for m in clone.modules() if isinstance(m, torch.nn.Conv2d)]
+        weight = layers[rng.integers(len(layers))].weight.data.view(-1)
+        weight[int(rng.integers(weight.numel()))] = 1.0
+        return clone
+
+    try:
+        from pytorchfi.core import fault_injection
+    except ImportError:
+        return "its way, by hand (the package is not installed)", by_hand
+    kinds = [torch.nn.Conv2d]
+    tool = fault_injection(net, IMAGES, input_shape=[3, 32, 32], layer_types=kinds, use_cuda=False)
+
+    def by_tool(rng: np.random.Generator) -> Any:
+        layer = int(rng.integers(len(convs)))
+        where = [[int(rng.integers(n))] for n in convs[layer].weight.shape]
+        keys = ("k", "dim1", "dim2", "dim3")
+        return tool.declare_weight_fi(
+            layer_num=[layer], **dict(zip(keys, where, strict=True)), value=[1.0]
+        )
+
+    return "pytorchfi", by_tool
+
+
+def long_campaign(count: int) -> None:
+    """In a process of its own: SEU trials on resnet8, then peak memory and seconds as JSON."""
+    from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
+    from resq_deploy.runtime.trials import Job
+
+    images = pictures(64)
+    runner = OrtRunner(deployed(float_graph("resnet8", images), images), threads=1)
+    engine = SuffixEngine(runner, images[:16])
+    labels = engine.golden().argmax(1).astype(np.int64)
+    job = Job(parse("seu"), runner.space.select(kinds=["weights"]), 0, labels)
+    began = time.perf_counter()
+    run_campaign(Inline(engine), job, rule=Rule(trials=count))
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"trials": count, "seconds": seconds, "peak": peak}))
+
+
+def memory(long: int) -> dict[str, float]:
+    """Peak memory and time of `long` trials over those of 1,000."""
+    found = []
+    for count in (1000, long):
+        command = [sys.executable, __file__, "--child", str(count)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        peak, each = found[-1]["peak"] / 2**20, found[-1]["seconds"] / count * 1e3
+        print(f"resnet8, {count} SEU trials: {peak:.0f} MiB, {each:.2f} ms a trial", flush=True)
+    short, big = found
+    linear = (big["seconds"] / long) / (short["seconds"] / 1000)
+    return {"memory_ratio": big["peak"] / short["peak"], "time_per_trial_ratio": linear}
+
+
+def report(
+    rates: Mapping[str, float], cost: Mapping[str, float], torch_s: float
+) -> dict[str, float]:
+    """Print what was measured; the ratios."""
+    for name, rate in rates.items():
+        print(f"golden      {name:32s} {rate:8.1f} images/s")
+    for name, seconds in cost.items():
+        print(f"a trial     {name:32s} {seconds * 1e3:8.1f} ms")
+    mine = rates["ours, deployed file"]
+    return {
+        "golden_images_per_s": mine,
+        "golden_vs_ort_s8": mine / rates["ort, quantize_static file"],
+        "golden_vs_ort_same_file": mine / rates["ort, deployed file"],
+        "golden_vs_openvino": mine / rates["openvino, deployed file"],
+        "s8_file_vs_openvino": rates["ours, quantize_static file"]
+        / rates["openvino, quantize_static file"],
+        "s8_file_vs_ort": rates["ours, quantize_static file"] / rates["ort, quantize_static file"],
+        "ber_vs_golden": cost["golden"] / cost["ber"],
+        "seu_trials_per_s": 1 / cost["seu"],
+        "seu_vs_full": cost["golden"] / cost["seu"],
+        "seu_vs_pytorchfi": torch_s / cost["seu"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", help="a bundle of ResNet18 at 32x32")
+    parser.add_argument("--rounds", type=int, default=7, help="turns each side takes")
+    parser.add_argument("--seu", type=int, default=240, help="SEU trials")
+    parser.add_argument("--ber", type=int, default=8, help="BER trials")
+    parser.add_argument("--pytorchfi", type=int, default=3, help="trials in torch")
+    parser.add_argument("--long", type=int, default=100_000, help="SEU trials on resnet8, 0: none")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if args.child:
+        return long_campaign(args.child)
+    with tempfile.TemporaryDirectory() as folder:
+        int8, s8, images = files(Path(folder), args.bundle)
+        rates, runner = golden_rates(int8, s8, images, args.rounds)
+        cost, engine = faulty_rates(runner, images, args.seu, args.ber)
+    name, seconds = pytorchfi(images, args.pytorchfi)
+    ratios = report(rates, {**cost, f"torch, {name}": seconds}, seconds)
+    print(f"suffix runs: {engine.info['bytes'] / 2**20:.0f} MiB of golden tensors, {engine.work}")
+    extra = memory(args.long) if args.long else {}
+    print(json.dumps({k: round(v, 3) for k, v in {**ratios, **extra}.items()}))
+    return None
+
+
+if __name__ == "__main__":
+    main()
