@@ -168,6 +168,8 @@ class FaultObjective(AttackObjective):
         moved = step.images
         if self.keep_attack:
             moved = _perturbed(self.model, kind, clean, step.targets, s, step)
+            exposed = round(f.attacked * len(moved))
+            moved = torch.cat([moved[:exposed], step.images[exposed:]])
         with step.autocast(), frozen_statistics(self.model):
             weights = codes.faulty_weights(
                 network, self._ber(step), step.generator, self.sensitivity.tilts(network)

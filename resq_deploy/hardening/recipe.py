@@ -59,15 +59,17 @@ class Fault:
 
     `ber` is the bit error rate that training ends with (it rises from 0 over the first third);
     `clip` bounds |w| to that many root mean squares of its output channel (0: off); `faulty` is the
-    weight of the loss under flips (that of the fault-free quantized network is 1 minus it);
-    `sensitivity` is how strongly flips lean towards the channels they hurt most, 0 to 1;
-    `reliability` how much more often examples are seen that flip easily (0: off).
+    weight of the loss under flips (that of the fault-free quantized network is 1 minus it),
+    `attacked` the share of images that are perturbed too, where stage I is kept; `sensitivity` is
+    how strongly flips lean towards the channels they hurt most, 0 to 1; `reliability` how much more
+    often examples are seen that flip easily (0: off).
     """
 
     phase: Phase = Phase(epochs=6, min_steps=100, lr=0.01, adam_lr=2e-4)
-    ber: float = 1e-2
+    ber: float = 5e-3
     clip: float = 2.0
     faulty: float = 0.5
+    attacked: float = 0.5
     sensitivity: float = 0.5
     reliability: float = 1.0
 
@@ -97,6 +99,7 @@ class Recipe:
         _check(0 < self.attack.eps < 1, "eps", self.attack.eps, "a number between 0 and 1")
         _check(0 <= self.fault.ber <= 0.5, "the training BER", self.fault.ber, "0 to 0.5")
         _check(0 <= self.attack.adversarial <= 1, "adversarial", self.attack.adversarial, "0 to 1")
+        _check(0 <= self.fault.attacked <= 1, "attacked", self.fault.attacked, "0 to 1")
         _check(0 <= self.fault.faulty <= 1, "faulty", self.fault.faulty, "0 to 1")
         _check(self.batch >= 2, "the batch size", self.batch, "at least 2")
         _check(0 < self.holdout < 0.5, "the holdout", self.holdout, "between 0 and 0.5")

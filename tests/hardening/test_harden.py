@@ -174,6 +174,18 @@ def test_weights_are_clipped_and_average_kept(tmp_path: Path) -> None:
             assert float(ratio.max()) < 1.8, name
 
 
+def test_stage_two_trains_the_network_that_is_deployed(tmp_path: Path) -> None:
+    plain = harden(tmp_path, "plain.pt", stages="none")
+    one, two = (
+        harden(tmp_path, f"{s}.pt", init=str(tmp_path / "plain.pt"), stages=s) for s in ("1", "2")
+    )
+    statistics = [n for n in plain.state_dict if "running" in n]
+    assert all(torch.equal(plain.state_dict[n], two.state_dict[n]) for n in statistics)
+    assert not any(torch.equal(plain.state_dict[n], one.state_dict[n]) for n in statistics)
+    assert not torch.equal(plain.state_dict["conv1.weight"], two.state_dict["conv1.weight"])
+    assert not torch.equal(plain.state_dict["bn1.weight"], two.state_dict["bn1.weight"])
+
+
 def test_patience_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = trainer._Run._step

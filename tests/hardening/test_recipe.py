@@ -42,6 +42,7 @@ def test_a_recipe_can_be_written_down() -> None:
         (lambda r: r.override({"batch.size": 1}), "batch is a value"),
         (lambda r: r.override({"batch": "many"}), "cannot be 'many'"),
         (lambda r: r.override({"fault.ber": 0.9}), "training BER is 0.9"),
+        (lambda r: r.override({"fault.attacked": 2}), "attacked is 2"),
         (lambda r: r.override({"attack.eps": 8}), "between 0 and 1"),
         (lambda r: r.override({"attack.perturbations": "rain"}), "perturbation"),
         (lambda r: r.override({"holdout": 0}), "holdout"),
