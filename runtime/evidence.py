@@ -99,19 +99,19 @@ def subject(bundle: Bundle, space: FaultSpace) -> Subject:
 
 def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[str, ...]:
     """What this validation did not look at, in sentences a reader of the report needs."""
-    memory: dict[str, int] = {}
+    said = []
     inside = {m.name for m in space.memories}
+    left: dict[str, int] = {}
     for m in whole.memories:
         if m.name not in inside:
-            memory[m.kind] = memory.get(m.kind, 0) + m.value.size * m.width
-    said = [
-        f"No faults in {bits:,} bits of other weight memory ({kind}); --where {kind}."
-        for kind, bits in memory.items()
-    ]
-    said += [
-        f"{op.node} ({op.op}) runs in high precision: {op.reason}."
-        for op in bundle.manifest.quantization.float_ops
-    ]
+            left[m.kind] = left.get(m.kind, 0) + m.value.size * m.width
+    if left:
+        bits = ", ".join(f"{kind} {count:,} bits" for kind, count in left.items())
+        said.append(f"Weight memory without faults: {bits}. --where {','.join(left)} adds it.")
+    reasons: dict[str, list[str]] = {}
+    for op in bundle.manifest.quantization.float_ops:
+        reasons.setdefault(op.reason, []).append(f"{op.node} ({op.op})")
+    said += [f"In high precision: {', '.join(n)}: {reason}." for reason, n in reasons.items()]
     for name, engine in bundle.manifest.engines.items():
         covered = "not mapped" if engine.coverage is None else f"{engine.coverage:.2%} mapped"
         said.append(f"The engine {name} ({engine.backend}, {covered}) was not run here.")
