@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -111,12 +111,17 @@ def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[s
     reasons: dict[str, list[str]] = {}
     for op in bundle.manifest.quantization.float_ops:
         reasons.setdefault(op.reason, []).append(f"{op.node} ({op.op})")
-    said += [f"In high precision: {', '.join(n)}: {reason}." for reason, n in reasons.items()]
+    said += [f"In high precision: {_some(nodes)}: {reason}." for reason, nodes in reasons.items()]
     for name, engine in bundle.manifest.engines.items():
         covered = "not mapped" if engine.coverage is None else f"{engine.coverage:.2%} mapped"
         said.append(f"The engine {name} ({engine.backend}, {covered}) was not run here.")
     said.append("Activations, instructions and control logic: faults are in weight memory only.")
     return tuple(said)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def provenance(
