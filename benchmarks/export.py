@@ -3,10 +3,11 @@
     python benchmarks/export.py                                  resnet8, then the four networks of the paper
     python benchmarks/export.py --arch resnet8 --quick           a few minutes
 
-On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage III; onnxruntime's quantize_static
-(S8 QDQ per channel; the better of MinMax and entropy); NNCF's PTQ. A checkpoint is taken from --checkpoints
-(or $RESQ_CHECKPOINTS) as ARCH-plain.pt; what is missing is trained, and kept there. Finished networks are kept
-too, so an interrupted run goes on where it stopped (--fresh: measure again). Ends with one JSON line.
+On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage III; onnxruntime's
+quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ. A checkpoint is taken from
+--checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
+missing is trained, and kept there. Finished networks are kept too, so an interrupted run goes on where
+it stopped (--fresh: measure again). Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
 
 
 def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
-    """ARCH-plain.pt, trained where it is missing."""
+    """ARCH.pt, else ARCH-plain.pt, which is trained where it is missing."""
+    if (folder / f"{arch}.pt").is_file():
+        return folder / f"{arch}.pt"
     path = folder / f"{arch}-plain.pt"
     if not path.is_file():
         from resq_deploy.console import Reporter

@@ -40,6 +40,11 @@ _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.25
 _WORK = 2.5e13  # multiply-accumulates that distillation may take: minutes on two cores
 _STEPS = (40, 240)
+_TAUGHT_BER = (
+    1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
+)
+_CLEAN_POWER = 0.6  # weight of the golden pass: (taught BER / design BER) ** 0.6
+_SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
 _HEAVY = 1e8  # multiply-accumulates per image: above, attacks are made for fewer images
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
 
@@ -50,15 +55,21 @@ class Candidate:
 
     name: str
     model: onnx.ModelProto
+    fp32: onnx.ModelProto
     ranges: Mapping[str, Range]
     scores: Scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adjusted:
-    """What stage III made of a graph: the graph, its activation ranges, and the record for the manifest."""
+    """What stage III made of a graph, and the record for the manifest.
+
+    `fp32`: the graph whose weights `model` quantizes: the same function as the one given, its
+    channels perhaps rescaled. `ranges`: of `model`'s activations.
+    """
 
     model: onnx.ModelProto
+    fp32: onnx.ModelProto
     ranges: Mapping[str, Range]
     record: Adjustment
 
@@ -71,22 +82,27 @@ def adjust(
     ranges: Mapping[str, Range],
     design_ber: float = DESIGN_BER,
     eps: float = EPS,
+    half_scales: bool = False,
     seed: int = 0,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Adjusted:
     """Adjust a plain INT8 graph to bit flips at `design_ber` and attacks of `eps` (L-inf, pixels in [0, 1]).
 
-    `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; a quarter of them is held out to measure
-    on. `ranges`: the activation ranges that `int8` was made with. The result has the same nodes and names; other
-    codes, scales and biases. Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread
-    count. Raises DataError for fewer than 16 images or a BER outside (0, 1).
+    `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; a quarter of them is held
+    out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
+    quantize_graph. The result has the same nodes and names; other codes, scales and biases.
+    Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
+    Raises DataError for fewer than 16 images or a BER outside (0, 1).
     """
     if len(images) < _LEAST:
         raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
     if not 0 < design_ber < 1:
         raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
-    return _Stage(int8, fp32, images, ranges, design_ber, eps, seed, threads, reporter).run()
+    stage = _Stage(
+        int8, fp32, images, ranges, design_ber, eps, half_scales, seed, threads, reporter
+    )
+    return stage.run()
 
 
 class _Stage:
@@ -98,6 +114,7 @@ class _Stage:
         ranges: Mapping[str, Range],
         ber: float,
         eps: float,
+        half_scales: bool,
         seed: int,
         threads: int | None,
         reporter: Reporter | None,
@@ -119,11 +136,11 @@ class _Stage:
             seed=seed,
             threads=threads,
         )
-        self.eps = eps
+        self.eps, self.half_scales = eps, half_scales
         self._adversarial: Images | None = None
 
     def run(self) -> Adjusted:
-        plain = self._scored("plain", self.int8, self.ranges)
+        plain = self._scored("plain", self.int8, self.fp32, self.ranges)
         steps: list[dict[str, Any]] = []
         equalized, gains = self._equalized()
         steps.append({"step": "equalize", "groups": gains} | self._judge(equalized, plain))
@@ -131,10 +148,12 @@ class _Stage:
         learned, recipe = self._distilled(base)
         steps.append({"step": "distill", **recipe} | self._judge(learned, plain))
         tried = [plain, base, learned]
-        if objections(learned.scores, plain.scores):
-            half = halfway(base.model, learned.model)
-            tried.append(self._scored("halfway", half, base.ranges))
-            steps.append({"step": "halfway"} | self._judge(tried[-1], plain))
+        for share in _SHARES:
+            if not objections(tried[-1].scores, plain.scores):
+                break
+            model = between(base.model, learned.model, share)
+            tried.append(self._scored(f"{learned.name} x {share}", model, base.fp32, base.ranges))
+            steps.append({"step": "back off", "share": share} | self._judge(tried[-1], plain))
         return self._chosen(plain, tried, steps)
 
     def _chosen(
@@ -157,7 +176,7 @@ class _Stage:
                 "adjusted": best.scores.summary(),
             },
         )
-        return Adjusted(best.model, best.ranges, record)
+        return Adjusted(best.model, best.fp32, best.ranges, record)
 
     def _equalized(self) -> tuple[Candidate, list[dict[str, Any]]]:
         found = tensors(groups(self.fp32))
@@ -170,20 +189,24 @@ class _Stage:
         ranges = calibrate(
             same, where, (self.learn,), adversarial=(self._attacked(),), threads=self.threads
         )
-        return self._scored("equalized", qdq.quantize_graph(same, ranges), ranges), gains
+        model = qdq.quantize_graph(same, ranges, half_scales=self.half_scales)
+        return self._scored("equalized", model, same, ranges), gains
 
     def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         low, high = _STEPS
-        recipe = Recipe(ber=self.ber)
+        taught = max(self.ber, _TAUGHT_BER)
+        recipe = Recipe(ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER)
         fitting = int(_WORK / (self.work * recipe.batch * _PASSES))
         recipe = replace(recipe, steps=min(max(fitting, low), high))
         images = np.concatenate([self.learn, self._attacked()])
         model = distill(base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say)
         told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
-        return self._scored(f"{base.name}, distilled", model, base.ranges), told
+        return self._scored(f"{base.name}, distilled", model, base.fp32, base.ranges), told
 
-    def _scored(self, name: str, model: onnx.ModelProto, ranges: Mapping[str, Range]) -> Candidate:
-        return Candidate(name, model, ranges, self.guard.measure(model))
+    def _scored(
+        self, name: str, model: onnx.ModelProto, fp32: onnx.ModelProto, ranges: Mapping[str, Range]
+    ) -> Candidate:
+        return Candidate(name, model, fp32, ranges, self.guard.measure(model))
 
     def _judge(self, candidate: Candidate, plain: Candidate) -> dict[str, Any]:
         against = objections(candidate.scores, plain.scores)
@@ -207,8 +230,8 @@ class _Stage:
         return self._adversarial
 
 
-def halfway(a: onnx.ModelProto, b: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph between two that differ in codes and biases only: codes rounded half to even."""
+def between(a: onnx.ModelProto, b: onnx.ModelProto, share: float) -> onnx.ModelProto:
+    """The graph at `share` of the way from `a` to `b`, which differ in codes and biases only."""
     made = onnx.ModelProto()
     made.CopyFrom(a)
     other = fold.initializers(b.graph)
@@ -216,7 +239,7 @@ def halfway(a: onnx.ModelProto, b: onnx.ModelProto) -> onnx.ModelProto:
         first, second = (numpy_helper.to_array(t) for t in (tensor, other[tensor.name]))
         if np.array_equal(first, second):
             continue
-        middle = (first.astype(np.float32) + second.astype(np.float32)) / 2
+        middle = first + np.float32(share) * (second.astype(np.float32) - first)
         middle = np.rint(middle) if first.dtype == np.int8 else middle
         tensor.CopyFrom(numpy_helper.from_array(middle.astype(first.dtype), tensor.name))
     return made

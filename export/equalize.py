@@ -197,7 +197,7 @@ def equalize(
     record = []
     for group in groups(copy):
         readers = [_reader(node, arrays, moments[node.input[0]]) for node in group.consumers]
-        channels = min(len(reader.power) for reader in readers)
+        channels = len(arrays[group.producers[0].input[1]])
         made = {len(arrays[node.input[1]]) for node in group.producers}
         if made != {channels} or any(len(r.power) % channels for r in readers):
             continue
@@ -235,7 +235,7 @@ def _solve(readers: Sequence[_Reader], channels: int, flips: float) -> tuple[NDA
         optimizer.zero_grad()
         spread = [log_r.repeat_interleave(len(r.power) // channels) for r in readers]
         loss = torch.stack([r.noise(s, flips) for r, s in zip(readers, spread, strict=True)]).sum()
-        value = float(loss)
+        value = float(loss.detach())
         start = start or value
         if value < least:
             best, least = log_r.detach().clone(), value

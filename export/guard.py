@@ -32,7 +32,8 @@ Images = NDArray[np.float32]
 Values = NDArray[np.float64]
 
 LOST = 0.003  # what an adjusted graph may lose clean or attacked, on top of one standard error
-_AGREEMENT = 0.01  # ... and of its agreement with FP32
+AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
+PRICE = 2.0  # points of agreement under flips that one point of clean agreement below that must buy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +127,8 @@ def objections(candidate: Scores, plain: Scores) -> list[str]:
         allowed = error + (LOST if name != "faulty" else 0.0)
         if change.mean() < -allowed:
             found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
-    if candidate.agreement < plain.agreement - _AGREEMENT:
+    bought = max(0.0, float(candidate.trials.mean() - plain.trials.mean())) / PRICE
+    if candidate.agreement < min(plain.agreement, AGREEMENT) - bought:
         found.append(f"agreement {plain.agreement:.4f} -> {candidate.agreement:.4f}")
     return found
 
