@@ -39,6 +39,7 @@ _DEEP = 2  # calls an actor has in hand, so that it never waits for this machine
 _LEAST_SECONDS = 120.0  # a call is never given less than this
 _PATIENCE = 50.0
 _ATTEMPTS = 2
+_AHEAD = 200_000  # a trial is not begun while one so much older is unfinished: rows wait in memory for it
 _LOOK_SECONDS = 5.0  # between two looks for nodes that have joined
 _START_SECONDS = 600.0
 _LOST_AT_START = 20
@@ -96,12 +97,15 @@ class _Run:
     shipped: Any
     trials: Iterator[int]
     ended: bool = False
+    latest: int = 0
     again: deque[int] = field(default_factory=deque)
     attempts: dict[int, int] = field(default_factory=dict)
 
     def take(self, most: int) -> list[int]:
+        """The next trials to begin."""
         batch = list(itertools.islice(self.trials, most))
         self.ended = len(batch) < most
+        self.latest = batch[-1] if batch else self.latest
         return batch
 
 
@@ -171,11 +175,13 @@ class RayPool:
     # trials
 
     def _feed(self, run: _Run) -> None:
-        """Give every actor enough to do."""
+        """Give every actor enough to do; trials that are to be done again come first, each in an idle actor."""
+        oldest = min((call.trials[0] for call in self._calls.values()), default=run.latest)
+        held = run.ended or bool(run.again) or run.latest - oldest > _AHEAD
         for actor in self._actors:
             while len(actor.calls) < _DEEP and not any(call.alone for call in actor.calls):
                 alone = bool(run.again) and not actor.calls
-                if run.ended and not alone:
+                if held and not alone:
                     break
                 batch = [run.again.popleft()] if alone else run.take(self._most())
                 if not batch:
