@@ -37,7 +37,8 @@ Images = NDArray[np.float32]
 DESIGN_BER = 1e-3
 EPS = 8 / 255
 _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
-_HELD_OUT = 0.25
+_HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
+_MOST_HELD_OUT = 512
 _WORK = 2.5e13  # multiply-accumulates that distillation may take: minutes on two cores
 _STEPS = (40, 240)
 _TAUGHT_BER = (
@@ -89,8 +90,8 @@ def adjust(
 ) -> Adjusted:
     """Adjust a plain INT8 graph to bit flips at `design_ber` and attacks of `eps` (L-inf, pixels in [0, 1]).
 
-    `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; a quarter of them is held
-    out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
+    `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; half of them (512 at most) are
+    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
     quantize_graph. The result has the same nodes and names; other codes, scales and biases.
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
     Raises DataError for fewer than 16 images or a BER outside (0, 1).
@@ -124,13 +125,13 @@ class _Stage:
         self.say = reporter or Reporter()
         self.teacher = Twin(fp32)
         order = np.random.default_rng(seed).permutation(len(images))
-        kept = max(1, round(len(images) * _HELD_OUT))
+        kept = min(round(len(images) * _HELD_OUT), _MOST_HELD_OUT)
         self.learn, held_out = images[order[kept:]], images[order[:kept]]
         self.work = work_per_image(fp32)
         self.guard = Guard(
             held_out,
             logits_of(fp32, held_out, threads),
-            ber,
+            tuple(sorted({ber, max(ber, min(3 * ber, _TAUGHT_BER))})),
             eps,
             attacked=min(len(held_out), 64 if self.work > _HEAVY else 128),
             seed=seed,
@@ -159,9 +160,9 @@ class _Stage:
     def _chosen(
         self, plain: Candidate, tried: list[Candidate], steps: list[dict[str, Any]]
     ) -> Adjusted:
-        """The candidate nearest to FP32 under flips, of those that lose nothing."""
+        """The candidate that is worth most under flips, of those that lose nothing."""
         fit = [c for c in tried if not objections(c.scores, plain.scores)]
-        best = min(fit, key=lambda c: c.scores.divergence)
+        best = max(fit, key=lambda c: float(c.scores.faulty.mean()))
         self.say.log(f"stage III keeps: {best.name}")
         record = Adjustment(
             applied=best is not plain,
@@ -171,6 +172,7 @@ class _Stage:
                 "kept": best.name,
                 "held_out": len(self.guard.images),
                 "trials": self.guard.trials,
+                "bers": list(self.guard.bers),
                 "attack": f"pgd-{self.guard.steps}, eps={self.eps:.5g}, {self.guard.attacked} images",
                 "plain": plain.scores.summary(),
                 "adjusted": best.scores.summary(),
@@ -212,7 +214,7 @@ class _Stage:
         against = objections(candidate.scores, plain.scores)
         summary = candidate.scores.summary()
         self.say.log(
-            f"{candidate.name}: agreement {summary['agreement']:.4f}, at BER {self.ber:g} "
+            f"{candidate.name}: agreement {summary['agreement']:.4f}, under flips "
             f"{summary['faulty_agreement']:.4f}{', loses ' + '; '.join(against) if against else ''}"
         )
         return {"kept": not against, "loses": against, "measured": summary}

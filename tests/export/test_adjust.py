@@ -1,0 +1,263 @@
+"""Stage III on a small graph: what it may change, that it gains, that it backs off, that it repeats."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from resq_deploy.console import Reporter
+from resq_deploy.errors import DataError
+from resq_deploy.export import adjust as stage
+from resq_deploy.export import graph, qdq
+from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of, work_per_image
+from resq_deploy.export.calibrate import Range, calibrate
+from resq_deploy.export.distill import Recipe, distill, draw
+from resq_deploy.export.guard import Guard, Scores, objections, value
+from resq_deploy.export.twin import Twin
+from resq_deploy.manifest import Adjustment
+from resq_deploy.memory import fault_space
+from tests.export import nets
+
+BER = 1e-2
+IMAGES = nets.images(96)
+
+
+@lru_cache
+def plain() -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Range]]:
+    fp32 = nets.residual()
+    ranges = calibrate(fp32, qdq.activation_tensors(fp32), [IMAGES], threads=1)
+    return fp32, qdq.quantize_graph(fp32, ranges), ranges
+
+
+def guard(trials: int = 6, attacked: int = 16) -> Guard:
+    fp32, _, _ = plain()
+    held_out = nets.images(64, seed=9)
+    reference = logits_of(fp32, held_out, 1)
+    return Guard(
+        held_out, reference, (BER,), 8 / 255, trials=trials, attacked=attacked, steps=3, threads=1
+    )
+
+
+def run(seed: int = 0, reporter: Reporter | None = None) -> Adjusted:
+    fp32, int8, ranges = plain()
+    return adjust(
+        int8, fp32, IMAGES, ranges=ranges, design_ber=BER, seed=seed, threads=1, reporter=reporter
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> object:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(stage, "_STEPS", (30, 30))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def adjusted() -> Adjusted:
+    return run()
+
+
+def test_only_numbers_change_never_the_graph(adjusted: Adjusted) -> None:
+    _, int8, _ = plain()
+    before, after = onnx.ModelProto(), onnx.ModelProto()
+    before.CopyFrom(int8)
+    after.CopyFrom(adjusted.model)
+    shapes = [
+        [(t.name, t.data_type, *t.dims) for t in m.graph.initializer] for m in (before, after)
+    ]
+    assert shapes[0] == shapes[1]
+    for model in (before, after):
+        del model.graph.initializer[:]
+    assert before == after
+    graph.check(adjusted.model)
+
+
+def test_codes_stay_where_the_quantizer_puts_them(adjusted: Adjusted) -> None:
+    for memory in fault_space(adjusted.model).memories:
+        if memory.kind == "weights":
+            assert memory.value.min() >= -127
+        if memory.kind == "scales":
+            assert (memory.value > 0).all()
+
+
+def test_it_gains_under_flips_and_the_record_says_so(adjusted: Adjusted) -> None:
+    record = adjusted.record
+    assert Adjustment.model_validate_json(record.model_dump_json()) == record
+    assert record.applied
+    assert record.design_ber == BER
+    assert [s["step"] for s in record.steps][:2] == ["equalize", "distill"]
+    assert record.measured["adjusted"]["faulty"] > record.measured["plain"]["faulty"]
+    ours, theirs = guard().measure(adjusted.model), guard().measure(plain()[1])
+    assert ours.divergence < theirs.divergence
+
+
+def test_the_fp32_graph_that_comes_back_is_the_same_function(adjusted: Adjusted) -> None:
+    before = logits_of(plain()[0], IMAGES, 1)
+    after = logits_of(adjusted.fp32, IMAGES, 1)
+    np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+
+
+def test_the_ranges_that_come_back_are_those_in_the_graph(adjusted: Adjusted) -> None:
+    values = nets.arrays(adjusted.model)
+    for name, found in adjusted.ranges.items():
+        assert float(values[f"{name}.scale"]) == pytest.approx(found.scale, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bytes(adjusted: Adjusted) -> None:
+    again = run()
+    assert again.model.SerializeToString(deterministic=True) == adjusted.model.SerializeToString(
+        deterministic=True
+    )
+    assert again.record == adjusted.record
+
+
+def test_another_seed_gives_other_codes(adjusted: Adjusted) -> None:
+    other, first = nets.arrays(run(seed=1).model), nets.arrays(adjusted.model)
+    assert not np.array_equal(other["conv1.weight"], first["conv1.weight"])
+
+
+def test_half_scales_are_held_by_float16() -> None:
+    fp32, _, ranges = plain()
+    int8 = qdq.quantize_graph(fp32, ranges, half_scales=True)
+    made = adjust(
+        int8, fp32, IMAGES, ranges=ranges, design_ber=BER, half_scales=True, threads=1
+    ).model
+    for name, array in nets.arrays(made).items():
+        if name.endswith(".scale"):
+            np.testing.assert_array_equal(array.astype(np.float16).astype(np.float32), array)
+
+
+def test_progress_is_reported() -> None:
+    stream = io.StringIO()
+    run(reporter=Reporter(quiet=False, stream=stream))
+    text = stream.getvalue()
+    assert "distilling: 30/30 steps" in text
+    assert "stage III keeps:" in text
+
+
+def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32, int8, ranges = plain()
+    monkeypatch.setattr(stage, "distill", ruined)
+    made = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, threads=1)
+    steps = [s["step"] for s in made.record.steps]
+    assert steps == ["equalize", "distill", "back off", "back off", "back off"]
+    assert made.record.steps[1]["loses"]
+    assert made.record.measured["kept"] in ("plain", "equalized")
+
+
+def ruined(int8: onnx.ModelProto, *_: object, **__: object) -> onnx.ModelProto:
+    twin = Twin(int8)
+    rng = np.random.default_rng(0)
+    for memory in fault_space(int8).memories:
+        if memory.kind == "weights":
+            codes = rng.integers(-127, 128, memory.value.shape, dtype=np.int8)
+            twin.parameters_by_initializer[memory.name].copy_(torch.from_numpy(codes))
+    return twin.to_model()
+
+
+@pytest.mark.parametrize(("count", "ber"), [(15, 1e-3), (32, 0.0), (32, 1.0), (32, float("nan"))])
+def test_too_few_images_and_impossible_rates_are_refused(count: int, ber: float) -> None:
+    fp32, int8, ranges = plain()
+    with pytest.raises(DataError):
+        adjust(int8, fp32, nets.images(count), ranges=ranges, design_ber=ber)
+
+
+def test_half_the_way_is_between() -> None:
+    fp32, int8, _ = plain()
+    learned = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=10, batch=16))
+    first, last = nets.arrays(int8), nets.arrays(learned)
+    middle = nets.arrays(between(int8, learned, 0.5))
+    moved = last["conv1.weight"].astype(int) - first["conv1.weight"]
+    assert np.abs(moved).max() >= 2
+    step = middle["conv1.weight"].astype(int) - first["conv1.weight"]
+    assert (np.abs(2 * step - moved) <= 1).all()
+    np.testing.assert_allclose(
+        middle["fc.bias"], (first["fc.bias"] + last["fc.bias"]) / 2, rtol=1e-5, atol=1e-7
+    )
+    assert between(int8, learned, 0.0).SerializeToString() == int8.SerializeToString()
+
+
+def test_distilling_lowers_the_divergence_under_fresh_flips() -> None:
+    fp32, int8, _ = plain()
+    learned = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=60, batch=32))
+    assert guard().measure(learned).divergence < 0.9 * guard().measure(int8).divergence
+    changed = {
+        n for n, v in nets.arrays(learned).items() if not np.array_equal(v, nets.arrays(int8)[n])
+    }
+    assert changed
+    assert all(name.endswith((".weight", ".bias")) for name in changed)
+
+
+def test_flips_are_drawn_at_the_rate() -> None:
+    space = fault_space(plain()[1]).select(kinds=("weights",))
+    rng = np.random.default_rng(0)
+    counts = [draw(space, BER, rng).count for _ in range(50)]
+    assert np.mean(counts) == pytest.approx(space.size * BER, rel=0.05)
+    assert len(draw(space, 1e-12, rng)) == 0
+
+
+def test_a_guard_repeats_itself_and_restores_the_memory() -> None:
+    _, int8, _ = plain()
+    first, again = guard().measure(int8), guard().measure(int8)
+    assert first.summary() == again.summary()
+    assert first.clean.shape == (64,)
+    assert first.attacked.shape == (16,)
+    assert 0.9 < first.agrees.mean() <= 1
+
+
+def test_a_prediction_is_worth_what_fp32_gives_it() -> None:
+    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], np.float32))
+    found = value(np.array([[0, 9, 1], [9, 0, 1]], np.float32), reference)
+    np.testing.assert_allclose(found, [0.5, 1.0], rtol=1e-6)
+    assert value(np.full((2, 3), np.nan, np.float32), reference).tolist() == [0.0, 0.0]
+
+
+def scores(
+    clean: float = 1.0, faulty: float = 0.8, attacked: float = 0.5, agrees: float = 0.995
+) -> Scores:
+    ones = np.ones(400)
+    return Scores(
+        clean * ones, agrees * ones, faulty * ones, faulty * np.ones(8), 0.1, attacked * ones
+    )
+
+
+CASES: list[tuple[Scores, str]] = [
+    (scores(faulty=0.85), ""),
+    (scores(clean=0.998), ""),
+    (scores(clean=0.99), "clean"),
+    (scores(faulty=0.79), "faulty"),
+    (scores(attacked=0.49), "attacked"),
+    (scores(agrees=0.9905), ""),
+    (scores(agrees=0.985), "agrees"),
+    (scores(faulty=0.82, agrees=0.985), ""),
+    (scores(faulty=0.82, agrees=0.975), "agrees"),
+]
+
+
+@pytest.mark.parametrize(("candidate", "lost"), CASES)
+def test_what_counts_as_a_loss(candidate: Scores, lost: str) -> None:
+    found = objections(candidate, scores())
+    assert [text.split()[0] for text in found] == ([lost] if lost else [])
+
+
+def test_one_image_of_few_is_not_yet_a_loss() -> None:
+    before, after = np.ones(50), np.ones(50)
+    after[0] = 0.0
+    still = [scores() for _ in range(2)]
+    first, second = replace(still[0], attacked=before), replace(still[1], attacked=after)
+    assert not objections(second, first)
+    after[:5] = 0.0
+    assert objections(second, first)
+
+
+def test_work_counts_the_multiplications() -> None:
+    side = nets.SIDE**2
+    convs = side * (16 * 9 + 16 * 16 * 9 + 32 * 16 * 9 + 32 * 16)
+    assert work_per_image(nets.residual()) == convs + 32 * nets.CLASSES
