@@ -68,6 +68,8 @@ class Rule:
     def limit(self, job: Job) -> int:
         """How many trials there can be. Raises CampaignError where the margin cannot be reached."""
         length = job.model.length
+        if self.trials is not None and self.trials < 1:
+            raise CampaignError(f"{self.trials} trials", "at least 1, or auto")
         if self.trials is not None:
             return min(self.trials, length) if length is not None else self.trials
         if length is not None:

@@ -143,6 +143,11 @@ def test_a_margin_that_needs_more_trials_than_allowed() -> None:
         run_campaign(Inline(engine()), job("ber:0.1"), rule=Rule(margin=0.001, max_trials=1000))
 
 
+def test_no_trials_are_no_campaign() -> None:
+    with pytest.raises(CampaignError, match="at least 1"):
+        run_campaign(Inline(engine()), job(), rule=Rule(trials=0))
+
+
 def test_a_fault_list_is_run_to_its_end() -> None:
     trials = [[Fault("fc1.weight", 0, 7)], [Fault("fc2.weight", 3, 6), Fault("fc1.bias", 0, 30)]]
     model = FaultList(trials)
