@@ -170,13 +170,17 @@ def train(setup: Setup, network: Network, row: str, seed: int, place: Path) -> P
 def export(setup: Setup, network: Network, row: str, seed: int, place: Path) -> Any:
     """The deployed bundle of a row."""
     from resq_deploy import export_model
+    from resq_deploy.bundle import Bundle, sha256_of
 
-    adjust = row.endswith("III")
     checkpoint = train(setup, network, row.removesuffix("+III"), seed, place)
-    return export_model(
+    path, note = place / f"{slug(row)}.resq", place / f"{slug(row)}.exported.json"
+    key = [sha256_of(checkpoint), setup.images, setup.attacked, list(ATTACKS), EPS]
+    if note.exists() and path.exists() and json.loads(note.read_text()) == key:
+        return Bundle.open(path)
+    bundle = export_model(
         checkpoint,
-        place / f"{slug(row)}.resq",
-        adjust=adjust,
+        path,
+        adjust=row.endswith("III"),
         eval=setup.data,
         eval_samples=setup.images,
         attacks=ATTACKS,
@@ -185,6 +189,8 @@ def export(setup: Setup, network: Network, row: str, seed: int, place: Path) -> 
         seed=seed,
         force=True,
     )
+    note.write_text(json.dumps(key))
+    return bundle
 
 
 def validate(setup: Setup, bundle: Any) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Attack:
     perturbations: tuple[Perturbation, ...] = ("fgsm", "bitplane")
     eps: float = 8 / 255
     steps: int = 3
-    adversarial: float = 0.5
+    adversarial: float = 0.3
     consistency: float = 0.5
     layers: tuple[str, ...] = ("auto",)
     lipschitz: float = 0.0
