@@ -153,6 +153,22 @@ def targeted_dlr(target: Tensor) -> Loss:
     return loss
 
 
+def zero_gradients(network: nn.Module, sample: Sample, batch: int = 128) -> float:
+    """Share of the images at which the cross-entropy has no gradient at all: what a white box cannot start from.
+
+    AutoAttack warns of it (flag_docs.md of its code); runtime/sanity.py does where a bundle's record of an attack
+    has it among `transfer` as `zero_gradients`.
+    """
+    budget, device, none = Budget("linf", 1.0), _device(network), 0
+    for start in range(0, len(sample), batch):
+        part = slice(start, start + batch)
+        x, y = (torch.from_numpy(v[part]).to(device) for v in (sample.images, sample.labels))
+        run = _Run(network, x, y, budget, DEFAULTS["fgsm"], torch.Generator(device=device))
+        gradient, _ = run.gradient(x, _all(run), cross_entropy)
+        none += int((gradient.flatten(1).abs().amax(1) == 0).sum())
+    return none / max(len(sample), 1)
+
+
 class _Run:
     """One batch under attack: what stays the same, and the best iterate of each image so far."""
 
