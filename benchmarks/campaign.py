@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import resource
 import statistics
@@ -27,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.runtime.ort import OrtRunner
@@ -234,12 +238,12 @@ def faulty_rates(
     singles = list(trials(engine, "seu", seu, seed=1))
     block = max(1, seu // ber)
     for turn, flips in enumerate(trials(engine, "ber:1e-4", ber, seed=2)):
-        timed("golden", lambda: runner(images))
-        timed("ber", lambda flips=flips: engine.run(flips))
+        timed("golden", partial(runner, images))
+        timed("ber", partial(engine.run, flips))
         for k, single in enumerate(singles[turn * block : (turn + 1) * block]):
-            got = timed("seu", lambda single=single: engine.run(single))
+            got = timed("seu", partial(engine.run, single))
             if k == 0:
-                want = timed("full", lambda single=single: full(single))
+                want = timed("full", partial(full, single))
                 if got.tobytes() != want.tobytes():
                     raise SystemExit("a suffix run differs from the full run")
     means = {name: statistics.mean(found) for name, found in spent.items()}
@@ -280,7 +284,7 @@ def _pytorchfi(net: Any) -> tuple[str, Callable[[np.random.Generator], Any]]:
         return clone
 
     try:
-        from pytorchfi.core import fault_injection
+        fault_injection = importlib.import_module("pytorchfi.core").fault_injection
     except ImportError:
         return "its way, by hand (the package is not installed)", by_hand
     kinds = [torch.nn.Conv2d]
@@ -297,14 +301,13 @@ def _pytorchfi(net: Any) -> tuple[str, Callable[[np.random.Generator], Any]]:
     return "pytorchfi", by_tool
 
 
-def long_campaign(count: int) -> None:
-    """In a process of its own: SEU trials on resnet8, then peak memory and seconds as JSON."""
+def long_campaign(count: int, file: str) -> None:
+    """In a process of its own, without torch: SEU trials, then peak memory and seconds as JSON."""
     from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
     from resq_deploy.runtime.trials import Job
 
-    images = pictures(64)
-    runner = OrtRunner(deployed(float_graph("resnet8", images), images), threads=1)
-    engine = SuffixEngine(runner, images[:16])
+    runner = OrtRunner(onnx.load(file), threads=1)
+    engine = SuffixEngine(runner, pictures(16))
     labels = engine.golden().argmax(1).astype(np.int64)
     job = Job(parse("seu"), runner.space.select(kinds=["weights"]), 0, labels)
     began = time.perf_counter()
@@ -317,12 +320,15 @@ def long_campaign(count: int) -> None:
 def memory(long: int) -> dict[str, float]:
     """Peak memory and time of `long` trials over those of 1,000."""
     found = []
-    for count in (1000, long):
-        command = [sys.executable, __file__, "--child", str(count)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        peak, each = found[-1]["peak"] / 2**20, found[-1]["seconds"] / count * 1e3
-        print(f"resnet8, {count} SEU trials: {peak:.0f} MiB, {each:.2f} ms a trial", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file, images = f"{folder}/resnet8.onnx", pictures(64)
+        onnx.save(deployed(float_graph("resnet8", images), images), file)
+        for count in (1000, long):
+            command = [sys.executable, __file__, "--child", str(count), file]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            peak, each = found[-1]["peak"] / 2**20, found[-1]["seconds"] / count * 1e3
+            print(f"resnet8, {count} SEU trials: {peak:.0f} MiB, {each:.2f} ms each", flush=True)
     short, big = found
     linear = (big["seconds"] / long) / (short["seconds"] / 1000)
     return {"memory_ratio": big["peak"] / short["peak"], "time_per_trial_ratio": linear}
@@ -360,11 +366,11 @@ def main() -> None:
     parser.add_argument("--ber", type=int, default=8, help="BER trials")
     parser.add_argument("--pytorchfi", type=int, default=3, help="trials in torch")
     parser.add_argument("--long", type=int, default=100_000, help="SEU trials on resnet8, 0: none")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if args.child:
-        return long_campaign(args.child)
+        return long_campaign(int(args.child[0]), args.child[1])
     with tempfile.TemporaryDirectory() as folder:
         int8, s8, images = files(Path(folder), args.bundle)
         rates, runner = golden_rates(int8, s8, images, args.rounds)

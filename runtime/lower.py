@@ -21,23 +21,19 @@ So a value next to a rounding boundary of a Q may land one code away.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from resq_deploy.runtime.forms import MOVES, MS, Forms, Lowered, Quant, Sink, Weight
-from resq_deploy.runtime.graph import Graph, attributes, sane_scale
+from resq_deploy.runtime.forms import MOVES, MS, Lowered, Quant, Sink, Weight
+from resq_deploy.runtime.graph import Graph, attributes
+from resq_deploy.runtime.products import Products
 
 _UNARY = {"Relu", "Clip", "Sigmoid", "Tanh", "Erf", "HardSwish", "HardSigmoid", "LeakyRelu", "Gelu"}
 ELEMENTWISE = frozenset(_UNARY | {"Add", "Sub", "Mul", "Div", "Min", "Max", "Sqrt", "Exp", "Neg"})
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_SMALL_MAP = 16  # output pixels up to which im2col and one matrix product beat QLinearConv
-_GATHER_CHANNELS = 128  # from so many bytes a pixel on, gathering pixels beats slicing images
-_BIAS_LIMIT = 2.0**30  # an int32 bias plus any accumulator must not overflow
 
 
 def lower(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -54,7 +50,7 @@ def lower_graph(graph: Graph) -> Lowered:
     return _Lowering(graph).run()
 
 
-class _Lowering(Forms):
+class _Lowering(Products):
     """One pass over the nodes; `on_X` returns whether a pattern fitted a node X."""
 
     def run(self) -> Lowered:
@@ -108,10 +104,6 @@ class _Lowering(Forms):
         """A float tensor was made: quantize it at once if that is all that happens to it."""
         if sink := self.sink(name):
             self.close(sink, lambda scale, zero: self.quantized(name, scale, zero), self.rank(name))
-
-    def rank(self, name: str) -> int | None:
-        """Number of dimensions of a tensor of the file."""
-        return self.graph.rank(name)
 
     def quantized(self, name: str, scale: str, zero: int) -> tuple[str, bool]:
         """U8 codes of a float tensor, in the layout it has."""
@@ -168,70 +160,22 @@ class _Lowering(Forms):
         return True
 
     def on_Conv(self, node: onnx.NodeProto) -> bool:
-        w, bias = self.weights.get(node.input[1]), self._bias(node, 2)
+        w, bias = self.weights.get(node.input[1]), self.bias(node, 2)
         attrs = attributes(node)
         usable = attrs.get("auto_pad", b"NOTSET") == b"NOTSET" and self.rank(node.input[0]) == 4
-        if w is None or bias is None or not usable or not self._fits(node.input[0], w, 0):
+        if w is None or bias is None or not usable or not self.fits(node.input[0], w, 0):
             return False
         out = node.output[0]
         sink, group = self.sink(out), attrs.get("group", 1)
-        codes = None if sink is None else self._bias_codes(node.input[0], w, bias)
-        if sink and codes is not None and not (group == 1 and self._is_small(out)):
+        codes = None if sink is None else self.bias_codes(node.input[0], w, bias)
+        if sink and codes is not None and not (group == 1 and self.is_small(out)):
             self.begin(out)
-            self.close(sink, lambda s, z: self._qlinear_conv(node, w, codes, s, z), 4)
+            self.close(sink, lambda s, z: self.qlinear_conv(node, w, codes, s, z), 4)
         elif group == 1:
-            self._defer(out, lambda: self._conv_to_float(node, w, bias), sink)
+            self._defer(out, lambda: self.conv_to_float(node, w, bias), sink)
         else:
             return False
         return True
-
-    def _bias(self, node: onnx.NodeProto, position: int) -> NDArray[np.float32] | None:
-        """The float bias of a node, zeros where it has none; None where it is not constant."""
-        if len(node.input) <= position or not node.input[position]:
-            return np.zeros(1, np.float32)
-        value = self.constant(node.input[position])
-        fits = value is not None and value.dtype == np.float32 and value.ndim <= 1
-        return value if fits else None
-
-    def _fits(self, x: str, w: Weight, axis: int) -> bool:
-        """Whether fused kernels may multiply these: sane scales, channels on this axis."""
-        scale = self.graph.arrays[w.scale]
-        per = scale.ndim == 0 or scale.size == 1 or w.axis == axis
-        return per and self.sane(x) and sane_scale(scale)
-
-    def _is_small(self, name: str) -> bool:
-        pixels = self.graph.shapes.get(name, (None,) * 4)[2:]
-        return None not in pixels and math.prod(p or 0 for p in pixels) <= _SMALL_MAP
-
-    def _bias_codes(self, x: str, w: Weight, bias: NDArray[np.float32]) -> NDArray[np.int32] | None:
-        """The bias in units of the accumulator, s_x * s_w; None where INT32 cannot hold it."""
-        arrays = self.graph.arrays
-        unit = np.float64(arrays[self.quants[x].scale].reshape(-1)[0]) * self._scales(w)
-        codes = np.rint(bias.astype(np.float64) / unit)
-        fits = bool(np.all(np.abs(codes) <= _BIAS_LIMIT))  # False for NaN too
-        return codes.astype(np.int32) if fits else None
-
-    def _scales(self, w: Weight) -> NDArray[np.float32]:
-        """One scale for each output channel."""
-        scale, shape = self.graph.arrays[w.scale], self.graph.arrays[w.name].shape
-        return np.broadcast_to(scale.reshape(-1), (shape[w.axis],)).astype(np.float32)
-
-    def _weight_params(self, w: Weight) -> tuple[str, str]:
-        """Names of a weight's scales and zero points, one for each output channel."""
-        scales = self._scales(w)
-        zeros = self.derived(f"{w.name}/zeros", np.zeros(scales.size, np.int8))
-        return self.derived(f"{w.name}/scales", scales), zeros
-
-    def _qlinear_conv(
-        self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.int32], scale: str, zero: int
-    ) -> tuple[str, bool]:
-        scales, zeros = self._weight_params(w)
-        x = self.operand(node.input[0], True)
-        codes = self.derived(f"{node.output[0]}/bias", bias)
-        y = [scale, self.const(zero, np.uint8), codes]
-        attrs = {k: v for k, v in attributes(node).items() if k != "auto_pad"}
-        ins = [*x, w.name, scales, zeros, *y]
-        return self.emit("QLinearConv", ins, MS, channels_last=1, **attrs), True
 
     def _defer(self, out: str, emit: Callable[[], None], sink: Sink | None) -> None:
         """A layer with a float result is written where the result is used, not before."""
@@ -239,78 +183,6 @@ class _Lowering(Forms):
         if sink or self.graph.only_consumer(out) is None:
             self.float_of(out, True)
             self.finish(out)
-
-    def _conv_to_float(self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.float32]) -> None:
-        self.begin(node.output[0])
-        codes, *x = self.operand(node.input[0], True)
-        columns = self._im2col(codes, x[1], node)
-        flipped = self.emit("Transpose", [w.name], perm=[2, 3, 1, 0])
-        shape = self.graph.arrays[w.name].shape
-        size = self.const([-1, shape[0]], np.int64)
-        matrix = self.emit("Reshape", [flipped, size])
-        self.floats[node.output[0]] = {
-            True: self._product(columns, matrix, x, w, bias, node.output[0])
-        }
-
-    def _product(
-        self, a: str, b: str, x: list[str], w: Weight, bias: NDArray[np.float32], out: str
-    ) -> str:
-        scales, zeros = self._weight_params(w)
-        full = np.broadcast_to(bias, (self._scales(w).size,)).astype(np.float32)
-        ins = [a, b, x[0], scales, x[1], zeros, self.derived(f"{out}/bias", full)]
-        return self.emit("MatMulIntegerToFloat", ins, MS)
-
-    def _im2col(self, codes: str, zero: str, node: onnx.NodeProto) -> str:
-        """Patches as rows: [N, H', W', kh * kw * C], in the order of kh, kw, C."""
-        attrs = attributes(node)
-        kh, kw = self.graph.arrays[self.weights[node.input[1]].name].shape[2:]
-        pads = attrs.get("pads", [0] * 4)
-        strides, steps = attrs.get("strides", [1, 1]), attrs.get("dilations", [1, 1])
-        if kh == kw == 1 and strides == [1, 1] and not any(pads):
-            return codes
-        shape, out = self.graph.shapes[node.input[0]], self.graph.shapes.get(node.output[0], ())
-        known = all(shape[1:]) and len(out) == 4 and all(out[1:])
-        if known and (shape[1] or 0) >= _GATHER_CHANNELS:
-            window = (kh, kw, pads[:2], strides, steps)
-            return self._gather(codes, zero, shape[1:], out[2:], window)
-        return self._slices(codes, zero, (kh, kw), pads, strides, steps)
-
-    def _gather(self, codes: str, zero: str, shape: Any, out: Any, window: tuple[Any, ...]) -> str:
-        """Patches by one Gather of pixels; a pixel outside the image is one more, of zeros."""
-        channels, height, width = shape
-        kh, kw, pads, strides, steps = window
-        y = _taps(out[0], kh, strides[0], steps[0], pads[0])[:, None, :, None]
-        x = _taps(out[1], kw, strides[1], steps[1], pads[1])[None, :, None, :]
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        index = np.where(inside, y * width + x, height * width).astype(np.int32).reshape(-1)
-        key = "_".join(map(str, (*shape, *out, kh, kw, *pads, *strides, *steps)))
-        rows = self.emit("Reshape", [codes, self.const([-1, height * width, channels], np.int64)])
-        if not inside.all():
-            rows = self.emit("Pad", [rows, self.const([0, 0, 0, 0, 1, 0], np.int64), zero])
-        patches = self.emit("Gather", [rows, self.derived(f"pixels/{key}", index)], axis=1)
-        return self.emit("Reshape", [patches, self.const([-1, *out, kh * kw * channels], np.int64)])
-
-    def _slices(
-        self, codes: str, zero: str, kernel: Any, pads: Any, strides: Any, steps: Any
-    ) -> str:
-        """Patches by one Slice for each tap, joined along the channels."""
-        kh, kw = kernel
-        top, left, bottom, right = pads
-        if any(pads):
-            wide = self.const([0, top, left, 0, 0, bottom, right, 0], np.int64)
-            codes = self.emit("Pad", [codes, wide, zero])
-        taps = [(y * steps[0], x * steps[1]) for y in range(kh) for x in range(kw)]
-        last = ((kh - 1) * steps[0], (kw - 1) * steps[1])
-        slices = [self._tap(codes, tap, last, strides) for tap in taps]
-        return self.emit("Concat", slices, axis=3) if len(slices) > 1 else slices[0]
-
-    def _tap(
-        self, codes: str, tap: tuple[int, int], last: tuple[int, int], strides: list[int]
-    ) -> str:
-        """All pixels that one tap of the kernel sees."""
-        ends = [t - e if t < e else np.iinfo(np.int64).max for t, e in zip(tap, last, strict=True)]
-        parts = (tap, ends, (1, 2), strides)
-        return self.emit("Slice", [codes, *(self.const(list(p), np.int64) for p in parts)])
 
     def on_MatMul(self, node: onnx.NodeProto) -> bool:
         a, b = node.input
@@ -326,7 +198,7 @@ class _Lowering(Forms):
         return True
 
     def on_Gemm(self, node: onnx.NodeProto) -> bool:
-        attrs, bias = attributes(node), self._bias(node, 2)
+        attrs, bias = attributes(node), self.bias(node, 2)
         w = self.weights.get(node.input[1])
         unit = attrs.get("alpha", 1.0) == 1.0 == attrs.get("beta", 1.0)
         if w is None or bias is None or not unit or attrs.get("transA", 0):
@@ -336,7 +208,7 @@ class _Lowering(Forms):
     def _dense(
         self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.float32], turned: bool
     ) -> bool:
-        if not self._fits(node.input[0], w, 0 if turned else 1):
+        if not self.fits(node.input[0], w, 0 if turned else 1):
             return False
         out, added = node.output[0], self._added_bias(node, w)
         if added is not None:
@@ -344,7 +216,7 @@ class _Lowering(Forms):
         self.begin(out)
         codes, *x = self.operand(node.input[0], False)
         matrix = self.emit("Transpose", [w.name], perm=[1, 0]) if turned else w.name
-        self.floats[out] = {False: self._product(codes, matrix, x, w, bias, out)}
+        self.floats[out] = {False: self.product(codes, matrix, x, w, bias, out)}
         self.finish(out)
         return True
 
@@ -445,9 +317,3 @@ class _Lowering(Forms):
         self.floats[out] = {False: self.emit("Flatten", [self.float_of(x, True)])}
         self.finish(out)
         return True
-
-
-def _taps(count: int, kernel: int, stride: int, step: int, pad: int) -> NDArray[np.int64]:
-    """Along one axis: where each tap of the kernel looks, [count, kernel]."""
-    place = np.arange(count)[:, None] * stride + np.arange(kernel)[None, :] * step - pad
-    return place.astype(np.int64)

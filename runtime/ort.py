@@ -101,6 +101,9 @@ class OrtRunner(Runner):
             "injection": "sessions rebuilt from flipped bytes",
         }
 
+    def __enter__(self) -> OrtRunner:
+        return self
+
     def close(self) -> None:
         """End the threads and drop the sessions."""
         self._pool.shutdown()

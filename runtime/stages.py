@@ -16,6 +16,7 @@ from resq_deploy.runtime.graph import Arrays
 from resq_deploy.runtime.segments import Segment, Tensors, run_segment
 
 _WIDE = 2**15  # from so many values of one layer on, the patches of few images fill a core's cache
+_BUILDS = 4  # sessions that share the weights about evenly
 _FEW, _MANY = 2, 8  # images at once in wide layers, and in the others
 
 
@@ -60,10 +61,10 @@ def part_sizes(lowered: Lowered, segments: Sequence[Segment]) -> tuple[int, ...]
 
 
 def merged(lowered: Lowered, segments: Sequence[Segment]) -> list[int] | None:
-    """Where to cut for full runs: between wide layers and others only, if that changes no bit.
+    """Where to cut for full runs: behind wide layers, and where a quarter of the weights is full.
 
-    That is sure where all that crosses the finer cuts is bytes: then ONNX Runtime can fuse no float
-    operators across them. None where it is not sure.
+    The second because faulty sessions are built in parallel. Fewer cuts than layers change no bit where
+    all that crosses is bytes: ONNX Runtime can fuse no float operators there. None where it is not so.
     """
     crossing = {n for s in segments[1:] for n in s.inputs}
     types = segments[0].types
@@ -72,8 +73,15 @@ def merged(lowered: Lowered, segments: Sequence[Segment]) -> list[int] | None:
     if any(s.row_sensitive for s in segments):
         return None
     sizes = part_sizes(lowered, segments)
-    wide = [k for k, size in enumerate(sizes) if size == _FEW]
-    return [s.begin for s in segments[wide[-1] + 1 :][:1]] if wide else []
+    wide = max((k for k, size in enumerate(sizes) if size == _FEW), default=-1)
+    bytes_of = [sum(lowered.arrays[n].nbytes for n in s.params) for s in segments]
+    starts, held = [], 0
+    for k, segment in enumerate(segments):
+        if k and (k == wide + 1 or held + bytes_of[k] > sum(bytes_of) / _BUILDS):
+            starts.append(segment.begin)
+            held = 0
+        held += bytes_of[k]
+    return starts
 
 
 def image_major(segments: Sequence[Segment], probe: Sequence[Tensors]) -> list[int]:

@@ -99,9 +99,10 @@ def layer(
         ),
         helper.make_node("Flatten", ["y"], ["out"]),
     ]  # fmt: skip
+    image: list[str | int | None] = ["n", channels, size, size]
     infos = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)
-        for n, shape in (("input", ["n", channels, size, size]), ("out", ["n", None]))
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, image),
+        helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", None]),
     ]
     inits = [numpy_helper.from_array(np.asarray(v), k) for k, v in arrays.items()]
     graph = helper.make_graph(nodes, "layer", infos[:1], infos[1:], inits)
