@@ -117,6 +117,8 @@ class _Recorded(click.Command):
     show_default=True,
     help="Of what stays float.",
 )
+@click.option("--design-ber", type=float, default=1e-3, show_default=True, help="Of stage III.")
+@click.option("--adjust/--no-adjust", default=True, show_default=True, help="Run stage III.")
 @click.option("--opset", type=int, help="17 to 21; default 20.")
 @click.option("--trust-pickle", is_flag=True, help="Unpickle MODEL: runs the code in it.")
 @click.option(

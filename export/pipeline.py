@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
+from torch import nn
 
+from resq_deploy.budget import parse_eps
 from resq_deploy.bundle import (
     EVAL,
     FP32,
@@ -24,17 +29,24 @@ from resq_deploy.bundle import (
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError
 from resq_deploy.export import describe, graph, halves, qdq, rules, samples
-from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.adjust import DESIGN_BER
+from resq_deploy.export.adjust import adjust as stage3
+from resq_deploy.export.calibrate import Range, calibrate
+from resq_deploy.export.craft import craft, parameters_of, white_box
 from resq_deploy.export.load import load_model
 from resq_deploy.export.samples import Source
+from resq_deploy.export.twin import Twin
+from resq_deploy.manifest import Adjustment
 
 Shape = tuple[int, int, int]
+Images = NDArray[np.float32]
 Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 HighPrecision = Literal["fp32", "fp16"]
 
 CALIB_SAMPLES = 512
 EVAL_SAMPLES = 2000
 ATTACK_SAMPLES = 256
+CALIB_ATTACKED = 128
 EPS = 8 / 255
 
 
@@ -55,6 +67,8 @@ def export_model(
     targets: Sequence[Target] = ("onnx",),
     sm: Sequence[str] = (),
     high_precision: HighPrecision = "fp32",
+    design_ber: float = DESIGN_BER,
+    adjust: bool = True,
     opset: int | None = None,
     trust_pickle: bool = False,
     attacks: Sequence[str] = ("fgsm", "pgd"),
@@ -71,8 +85,10 @@ def export_model(
     `calib`, `eval`: data sets (see data.load) or Datasets; default: what a checkpoint says it was trained on.
     Ranges come from the train split of `calib`, figures from the test split of `eval`; no image is in both.
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
-    TensorRT-RTX, compute capabilities `sm`. `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the
-    first `attack_samples` of the held-out sample. `command`: what the manifest names as the command line.
+    TensorRT-RTX, compute capabilities `sm`. `high_precision`: type of what stays float. `adjust`: whether
+    stage III adapts codes, scales and biases to bit flips at `design_ber`. `attacks`: crafted within `eps`
+    (L-inf, pixels of [0, 1]) on the first `attack_samples` of the held-out sample. `command`: what the
+    manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
     Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
     """
@@ -96,8 +112,31 @@ def export_model(
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
     half = high_precision == "fp16"
     plan = rules.plan(fp32, half=half)
-    ranges = calibrate(fp32, plan.activations, samples.batches(drawn.calibration), reporter=say)
+    images = samples.as_sample(drawn.calibration)
+    attacked = _attacked(loaded.module, images, eps, seed, say)
+    ranges: Mapping[str, Range] = calibrate(
+        fp32,
+        plan.activations,
+        samples.batches(drawn.calibration),
+        adversarial=attacked,
+        reporter=say,
+    )
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
+    source, record = fp32, Adjustment(applied=False)
+    if adjust:
+        adjusted = stage3(
+            int8,
+            fp32,
+            images.images,
+            ranges=ranges,
+            design_ber=design_ber,
+            eps=parse_eps(eps),
+            half_scales=half,
+            seed=seed,
+            reporter=say,
+        )
+        int8, source = adjusted.model, adjusted.fp32
+        ranges, record = adjusted.ranges, adjusted.record
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)
     metrics = describe.compare(fp32, deployed, drawn.held_out)
@@ -121,7 +160,7 @@ def export_model(
                 },
                 "classes": drawn.classes,
                 "quantization": describe.quantization_of(fp32, int8, plan, ranges, high_precision),
-                "adjustment": {"applied": False},
+                "adjustment": record,
                 "metrics": metrics,
                 "attacks": crafted,
                 "engines": engines,
@@ -139,8 +178,6 @@ def export_model(
 
 def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | str) -> None:
     """Refuse what cannot work before the work begins."""
-    from resq_deploy.budget import parse_eps
-    from resq_deploy.export.craft import white_box
     from resq_deploy.runtime.trtlib import library
 
     for name in attacks:
@@ -154,6 +191,14 @@ def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | 
             library(name)
 
 
+def _attacked(
+    network: nn.Module, sample: Sample, eps: float | str, seed: int, reporter: Reporter
+) -> list[Images]:
+    """FGSM versions of some calibration images: ranges must not clip what an attacker can send."""
+    part = sample.take(CALIB_ATTACKED)
+    return [craft(network, part, "fgsm", eps, seed=seed, reporter=reporter)]
+
+
 def _attacks(
     writer: BundleWriter,
     fp32: onnx.ModelProto,
@@ -165,12 +210,6 @@ def _attacks(
     reporter: Reporter,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
-    from dataclasses import asdict
-
-    from resq_deploy.budget import parse_eps
-    from resq_deploy.export.craft import craft, parameters_of, white_box
-    from resq_deploy.export.twin import Twin
-
     twin = Twin(int8).eval()
     for name in map(white_box, attacks):
         images = craft(twin, sample, name, eps, seed=seed, reporter=reporter)

@@ -72,7 +72,7 @@ def quantize_graph(
     `half_scales`: only scales that float16 can hold (see halves.py).
     Raises ModelError where a range, scale or code does not fit.
     """
-    where = where or plan(fp32)
+    where = where or plan(fp32, half=half_scales)
     scales = shared_scales(where, ranges)
     if half_scales:
         scales = {k: float(as_half_scales(np.asarray(v, np.float32))) for k, v in scales.items()}
