@@ -8,9 +8,9 @@ from typing import Any
 
 from resq_deploy.report import words
 from resq_deploy.report.charts import HEAT_STEPS, heat_map, interval_mark
+from resq_deploy.report.layout import details, note, section, table
 from resq_deploy.report.markup import Child, Safe, tag
 from resq_deploy.report.model import Campaign, Report, Vulnerability
-from resq_deploy.report.sections import details, note, section, table
 
 _SHOWN = 12  # layers in the open table; the others are behind a click
 
@@ -74,8 +74,7 @@ def provenance(report: Report) -> Safe:
         "model.int8.onnx": f"sha256 {subject.int8_sha256}",
         "manifest.json": f"sha256 {subject.manifest_sha256}",
     }
-    known = ("command", "replay")
-    rest = {k: v for k, v in report.provenance.items() if k not in known}
+    rest = {k: v for k, v in report.provenance.items() if k != "command"}
     return section(
         "provenance",
         "Provenance, and how to get these figures again",
@@ -94,10 +93,13 @@ def glossary(report: Report) -> Safe:
 
 
 def replay_commands(report: Report) -> list[str]:
-    """Shell lines: the whole validation, and whatever else the validation said replays a part of it."""
+    """Shell lines: the whole validation again, and one trial of it."""
     lines = [report.provenance.get("command")]
-    more = report.provenance.get("replay", [])
-    lines += more if isinstance(more, list) else [more]
+    if report.campaigns:
+        lines.append(
+            f"resq replay . --campaign {report.campaigns[0].fault} --trial 0"
+            "   # in the folder of this report; any campaign, any trial"
+        )
     return [_shell(line) for line in lines if line]
 
 
@@ -136,7 +138,9 @@ def _weakness(campaign: Campaign, index: int) -> Child:
 def _layer_by_bit(campaign: Campaign, index: int) -> Child:
     if not campaign.cells:
         return None
-    rows = list(dict.fromkeys(c.layer for c in campaign.cells))
+    rows = list(
+        dict.fromkeys([*(v.name for v in campaign.layers), *(c.layer for c in campaign.cells)])
+    )
     columns = [str(b) for b in sorted({c.bit for c in campaign.cells}, reverse=True)]
     cells = {(c.layer, str(c.bit)): (c.sdc1, c.trials) for c in campaign.cells}
     title = f"Changed answers by layer and bit position, {words.campaign_name(campaign)}"
@@ -164,7 +168,7 @@ def _heat_legend() -> Safe:
 def _ranked(what: str, found: tuple[Vulnerability, ...]) -> Child:
     if not found:
         return None
-    order = sorted(found, key=lambda v: v.sdc1.mean, reverse=True)
+    order = sorted(found, key=lambda v: (v.trials > 0, v.sdc1.mean), reverse=True)
     first = _vulnerabilities(f"Most sensitive {what}s", what, order[:_SHOWN])
     if len(order) <= _SHOWN:
         return first
@@ -182,20 +186,16 @@ def _by_bit(found: tuple[Vulnerability, ...]) -> Child:
 
 
 def _vulnerabilities(caption: str, what: str, found: list[Vulnerability]) -> Safe:
-    most = max((v.sdc1.high for v in found), default=1.0)
-    rows = [
-        (
-            v.name,
-            words.mean(v.sdc1),
-            words.interval(v.sdc1),
-            interval_mark(v.sdc1, most),
-            words.count(v.trials),
-            words.count(v.locations),
-        )
-        for v in found
-    ]
+    most = max((v.sdc1.high for v in found if v.trials), default=1.0)
     head = (what.capitalize(), "Answers changed", "Interval", "On one scale", "Trials", "Locations")
-    return table(caption, head, rows)
+    return table(caption, head, [_vulnerable(v, most) for v in found])
+
+
+def _vulnerable(v: Vulnerability, most: float) -> tuple[Child, ...]:
+    """One row; of a place that no trial hit nothing is known, which is not 0."""
+    known = (words.mean(v.sdc1), words.interval(v.sdc1), interval_mark(v.sdc1, most))
+    measured = known if v.trials else ("not hit", "\u2013", "")
+    return (v.name, *measured, words.count(v.trials), words.count(v.locations))
 
 
 def _list(title: str, lines: tuple[str, ...], otherwise: str) -> Child:
@@ -215,9 +215,14 @@ def _facts(facts: Mapping[str, Any]) -> Safe:
 
 
 def _value(value: Any) -> Child:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items() if v not in (None, "", []))
-    return _plain(value)
+    if not isinstance(value, Mapping):
+        return _plain(value)
+    parts = (
+        f"{key} {_shell(part) if key == 'command' else _plain(part)}"
+        for key, part in value.items()
+        if part not in (None, "", [], {})
+    )
+    return ", ".join(parts)
 
 
 def _plain(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from resq_deploy.report import evidence, sections
+from resq_deploy.report import curves, evidence, sections
 from resq_deploy.report.markup import Safe, tag
 from resq_deploy.report.model import Report
 
@@ -27,7 +27,7 @@ def render(report: Report) -> str:
     body = [
         sections.verdict(report),
         sections.summary(report),
-        sections.accuracy_against_ber(report),
+        curves.accuracy_against_ber(report),
         sections.outcomes(report),
         evidence.vulnerability(report),
         sections.attacks(report),

@@ -1,50 +1,15 @@
-"""The sections of the page: verdict, figures, accuracy against BER, outcomes, attacks and the joint matrix."""
+"""The sections of the page: verdict, summary, outcomes, attacks with the joint matrix, all figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from resq_deploy.report import words
-from resq_deploy.report.charts import Point, Series, accuracy_chart, swatch
+from resq_deploy.report.curves import GOLDEN, golden
+from resq_deploy.report.layout import details, note, section, table
 from resq_deploy.report.markup import Child, Safe, tag
 from resq_deploy.report.model import Campaign, Figure, Report, Requirement
-
-
-def section(ident: str, title: str, *children: Child) -> Safe:
-    """A titled part of the page; empty where there is nothing to show."""
-    if not any(children):
-        return Safe("")
-    return tag(
-        "section", tag("h2", title, id=ident), children, aria_labelledby=ident, class_="part"
-    )
-
-
-def table(caption: str, head: Sequence[Child], rows: Iterable[Sequence[Child]]) -> Safe:
-    """A table whose first column names the row and whose other columns are figures."""
-    columns = [tag("th", cell, scope="col") for cell in head]
-    body = [
-        tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]])
-        for row in rows
-    ]
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", caption),
-            tag("thead", tag("tr", columns)),
-            tag("tbody", body),
-        ),
-        class_="scroll",
-        role="group",
-        tabindex="0",
-        aria_label=caption,
-    )
-
-
-def note(*children: Child) -> Safe:
-    """A paragraph that explains."""
-    return tag("p", children, class_="note")
 
 
 def verdict(report: Report) -> Safe:
@@ -85,49 +50,6 @@ def summary(report: Report) -> Safe:
         "In short",
         tag("div", tiles, class_="tiles"),
         tag("ul", [tag("li", line) for line in words.findings(report)], class_="findings"),
-    )
-
-
-def accuracy_against_ber(report: Report) -> Safe:
-    """The chart for each line that has at least one bit error rate, and its table."""
-    lines = _series(report)
-    if not lines:
-        return Safe("")
-    legend = tag(
-        "ul",
-        [tag("li", swatch(i), tag("span", line.name)) for i, line in enumerate(lines)],
-        class_="legend",
-    )
-    rows = [
-        (
-            line.name,
-            words.rate(point.rate) if point.rate else "no fault",
-            words.mean(point.figure),
-            words.interval(point.figure),
-            _spread(point),
-        )
-        for line in lines
-        for point in line.points
-    ]
-    level = f"{report.accuracy.confidence:.0%}"
-    return section(
-        "ber",
-        "Accuracy against bit error rate",
-        note(
-            f"Each point is the mean over all trials at one rate; the dark band is its {level} "
-            "interval, the light band holds 90% of the trials. The vertical axis may not start at 0."
-        ),
-        legend,
-        tag("figure", accuracy_chart(lines, 940, 340, "wide")),
-        tag("figure", accuracy_chart(lines, 360, 280, "narrow")),
-        details(
-            "The same as a table",
-            table(
-                "Accuracy at each bit error rate",
-                ("Images", "BER", "Accuracy", "Interval", "5th\u201395th percentile of trials"),
-                rows,
-            ),
-        ),
     )
 
 
@@ -230,11 +152,6 @@ def figures(report: Report) -> Safe:
     )
 
 
-def details(summary_text: str, *children: Child) -> Safe:
-    """Something that opens on demand, and is open on paper."""
-    return tag("details", tag("summary", summary_text), children)
-
-
 def _requirement(requirement: Requirement) -> tuple[Child, ...]:
     measured = requirement.measured
     doubt = "" if requirement.certain else "the interval reaches across the threshold"
@@ -275,55 +192,11 @@ def stacked(figure: Figure) -> Child:
     return (words.mean(figure), tag("small", words.interval(figure)))
 
 
-def _series(report: Report) -> list[Series]:
-    bases: dict[str, Figure] = {"clean": report.accuracy}
-    bases |= {words.attack_name(a): a.robust for a in report.attacks}
-    lines = []
-    for on in dict.fromkeys(c.on for c in report.campaigns):
-        swept = [c for c in report.campaigns if c.on == on and words.bit_error_rate(c.fault)]
-        points = [
-            Point(words.bit_error_rate(c.fault) or 0, c.accuracy, _quantiles(c)) for c in swept
-        ]
-        if start := _without_faults(swept, bases.get(on)):
-            points.append(Point(0.0, start))
-        if points:
-            name = "unaltered images" if on == "clean" else f"under {on}"
-            lines.append(Series(name, tuple(sorted(points, key=lambda p: p.rate))))
-    return lines
-
-
-def _without_faults(swept: Sequence[Campaign], otherwise: Figure | None) -> Figure | None:
-    """Where a line starts: the same images without faults, as the campaigns saw them."""
-    for campaign in swept:
-        if (golden := words.golden_accuracy(campaign)) is not None:
-            return Figure(
-                mean=golden,
-                low=golden,
-                high=golden,
-                confidence=0.95,
-                method="golden run",
-                n=campaign.images,
-            )
-    return otherwise if swept else None
-
-
-def _quantiles(campaign: Campaign) -> tuple[float, float] | None:
-    found = campaign.accuracy_quantiles
-    if "0.05" in found and "0.95" in found:
-        return found["0.05"], found["0.95"]
-    return None
-
-
-def _spread(point: Point) -> str:
-    if point.spread is None:
-        return ""
-    return f"{point.spread[0]:.1%}\u2013{point.spread[1]:.1%}"
-
-
 def _joint(report: Report) -> Child:
     """Rows: no attack, and each attack. Columns: no fault, and each fault. Cells: accuracy."""
     cells: dict[tuple[str, str], Figure] = {("clean", ""): report.accuracy}
     cells |= {(words.attack_name(a), ""): a.robust for a in report.attacks}
+    cells |= {(c.on, ""): f for c in report.campaigns if (f := golden(c)) is not None}
     cells |= {(c.on, c.fault): c.accuracy for c in report.campaigns}
     faults = ["", *dict.fromkeys(c.fault for c in report.campaigns if c.on != "clean")]
     if len(faults) == 1:
@@ -335,8 +208,9 @@ def _joint(report: Report) -> Child:
     return (
         tag("h3", "Both threats at once"),
         note(
-            "Accuracy with the attack of the row and the fault of the column. "
-            "The stronger the colour, the more is lost against no attack and no fault: a step is 10 points."
+            "Accuracy with the attack of the row and the fault of the column; without fault it is the golden "
+            "run of the same images. The stronger the colour, the more is lost against no attack and no "
+            "fault: a step is 10 points."
         ),
         tag(
             "div",
@@ -362,6 +236,6 @@ def _joint_cell(figure: Figure | None, report: Report) -> Child:
     return tag(
         "span",
         tag("b", words.mean(figure)),
-        tag("small", words.interval(figure)),
+        tag("small", "golden run" if figure.method == GOLDEN else words.interval(figure)),
         class_=f"cell {shade}",
     )

@@ -43,6 +43,7 @@ _FIXED_FAULTS = {
     "sbu": "one random bit flipped",
     "byte": "one random byte replaced",
     "word": "one random 32-bit word replaced",
+    "list": "the faults of a list",
     "stuck-at-0": "one random bit stuck at 0",
     "stuck-at-1": "one random bit stuck at 1",
 }
@@ -67,15 +68,21 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def mean(figure: Figure) -> str:
-    """`91.8%`, with as many digits as the interval supports."""
-    return percent(figure.mean, decimals(figure))
+    """`91.8%`, with as many digits as the interval supports, and as a small share needs not to look like none."""
+    digits = decimals(figure)
+    while 0 < round(figure.mean * 100, 5) < 0.5 * 10**-digits and digits < 5:
+        digits += 1
+    return percent(figure.mean, digits)
 
 
 def interval(figure: Figure) -> str:
-    """`90.1\u201393.2%`."""
-    digits = decimals(figure)
-    low = percent(figure.low, digits).removesuffix("%")
-    return f"{low}\u2013{percent(figure.high, digits)}"
+    """`90.1\u201393.2%`; an end that is exactly 0 or 100% has no digits."""
+    low, high = (_end(share, decimals(figure)) for share in (figure.low, figure.high))
+    return f"{low}\u2013{high}%"
+
+
+def _end(share: float, digits: int) -> str:
+    return f"{share * 100:.0f}" if share in (0, 1) else f"{share * 100:.{digits}f}"
 
 
 def both(figure: Figure) -> str:
@@ -97,9 +104,9 @@ def rate(value: float) -> str:
     return f"{digits}e{int(exponent)}" if exponent else digits
 
 
-def count(value: int | float) -> str:
+def count(value: int) -> str:
     """`12,345`."""
-    return f"{value:,.0f}"
+    return f"{value:,}"
 
 
 def bit_error_rate(fault: str) -> float | None:
@@ -130,7 +137,19 @@ def fault_words(fault: str) -> str:
         return f"{value} neighbouring bits flipped"
     if kind == "bits" and value:
         return f"{value} random bits flipped"
+    if kind.startswith("stuck-at-") and value:
+        return _stuck(kind[-1], value)
     return _FIXED_FAULTS.get(kind, f"fault model {fault}")
+
+
+def _stuck(at: str, value: str) -> str:
+    try:
+        number = float(value)
+    except ValueError:
+        return f"bits stuck at {at}"
+    if number < 1:
+        return f"each bit stuck at {at} with a probability of {rate(number)}"
+    return f"{number:g} random bits stuck at {at}"
 
 
 def budget(norm: str, eps: float) -> str:
@@ -232,12 +251,13 @@ def _fault_findings(report: Report) -> list[str]:
 
 
 def _weakest(campaign: Campaign) -> list[str]:
-    bits = sorted(campaign.bits, key=lambda v: v.sdc1.mean, reverse=True)
-    layers = sorted(campaign.layers, key=lambda v: v.sdc1.mean, reverse=True)
-    if not bits or not layers or bits[0].sdc1.mean == 0:
-        return []
-    layer, bit = layers[0], bits[0]
-    return [
-        f"The most sensitive layer is {layer.name} ({mean(layer.sdc1)} of answers changed), "
-        f"the most sensitive bit position {bit.name.removeprefix('bit ')} ({mean(bit.sdc1)})."
-    ]
+    """Layers and bit positions whose interval lies above the mean of all: others may be chance."""
+    said = []
+    for kind, found in (("layer", campaign.layers), ("bit position", campaign.bits)):
+        above = [v for v in found if v.trials and v.sdc1.low > campaign.sdc1.mean]
+        if above:
+            first = max(above, key=lambda v: v.sdc1.mean)
+            said.append(f"The most sensitive {kind} is {first.name}: {both(first.sdc1)}.")
+    if campaign.layers and not said:
+        said.append("No layer and no bit position stands out beyond its interval.")
+    return said

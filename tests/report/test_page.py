@@ -15,6 +15,7 @@ from resq_deploy.report.markup import Safe, tag
 from resq_deploy.report.model import Report
 from tests.report import example
 from tests.report.browser import Browser, browser
+from tests.report.screenshot import LARGEST, shoot
 
 LOOKS = {
     "light": {"width": 1200, "scheme": "light", "media": ""},
@@ -96,6 +97,12 @@ def test_the_verdict_comes_first(chromium: Browser, written: Path) -> None:
     assert "the interval reaches across" in chromium.run("return document.body.innerText")
 
 
+def test_the_picture_for_the_readme_is_small(written: Path, tmp_path: Path) -> None:
+    size = shoot(written, tmp_path / "images" / "report.png")
+    assert 10_000 < size <= LARGEST
+    assert (tmp_path / "images" / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_links_lead_somewhere(chromium: Browser, written: Path) -> None:
     chromium.show(written)
     dead = chromium.run(
@@ -165,6 +172,25 @@ def test_a_chart_of_few_points_stays_inside_its_frame(rates: tuple[float, ...]) 
 def test_heat_classes_rise() -> None:
     shares = (0.0, 0.0005, 0.002, 0.005, 0.02, 0.05, 0.2, 1.0)
     assert [heat_class(s) for s in shares] == [f"h{i}" for i in range(8)]
+
+
+def test_a_place_that_no_trial_hit_is_not_a_zero() -> None:
+    report = example.report()
+    seu = report.campaigns[0]
+    rows = (seu.layers[0].model_copy(update={"trials": 0}), *seu.layers[1:])
+    changed = seu.model_copy(update={"layers": rows, "cells": seu.cells[8:]})
+    text = page.render(report.model_copy(update={"campaigns": (changed,)}))
+    assert "not hit" in text
+    assert text.count(">conv1<") == 2  # in the table, and in the heat map without a single figure
+
+
+def test_a_chart_draws_as_many_lines_as_it_has_markers() -> None:
+    report = example.report()
+    run = next(c for c in report.campaigns if c.fault == "ber=1e-3" and c.on != "clean")
+    more = tuple(run.model_copy(update={"on": f"a{i},eps=8/255"}) for i in range(5))
+    text = page.render(report.model_copy(update={"campaigns": (*report.campaigns, *more)}))
+    assert text.count('class="swatch"') == 4
+    assert "Drawn are the 3 strongest attacks." in text
 
 
 def test_an_unknown_backend_and_quantiles_are_no_reason_to_fail() -> None:

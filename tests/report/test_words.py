@@ -42,12 +42,31 @@ def test_rates(value: float, said: str) -> None:
         ("mbu:4", "MBU of 4", "4 neighbouring bits flipped"),
         ("bits:10", "bits:10", "10 random bits flipped"),
         ("stuck-at-1", "stuck-at-1", "one random bit stuck at 1"),
+        ("stuck-at-0:8", "stuck-at-0:8", "8 random bits stuck at 0"),
+        ("stuck-at-0:0.001", "stuck-at-0:0.001", "each bit stuck at 0 with a probability of 1e-3"),
+        ("stuck-at-0:x", "stuck-at-0:x", "bits stuck at 0"),
+        ("list:0123456789ab", "list:0123456789ab", "the faults of a list"),
         ("ber:x", "ber:x", "fault model ber:x"),
         ("my-own", "my-own", "fault model my-own"),
     ],
 )
 def test_faults(fault: str, name: str, what: str) -> None:
     assert (words.fault_name(fault), words.fault_words(fault)) == (name, what)
+
+
+@pytest.mark.parametrize(
+    ("low", "mid", "high", "said"),
+    [
+        (0.9, 0.918, 0.93, "91.8% (90.0\u201393.0%)"),
+        (0.0, 0.0, 0.013, "0% (0\u20131.3%)"),
+        (0.0001, 0.0004, 0.013, "0.04% (0.0\u20131.3%)"),
+        (0.99, 1.0, 1.0, "100% (99.0\u2013100%)"),
+        (0.0, 1e-9, 0.5, "<0.1% (0\u201350.0%)"),
+    ],
+)
+def test_figures(low: float, mid: float, high: float, said: str) -> None:
+    figure = Figure(mean=mid, low=low, high=high, confidence=0.95, method="wilson", n=10)
+    assert words.both(figure) == said
 
 
 def test_budgets() -> None:
@@ -80,9 +99,21 @@ def test_findings_name_the_worst() -> None:
     assert "92.0% (90.3\u201393.7%) of 1,000 images" in said
     assert "probability of 1e-2" in said
     assert "\u221218.5 points" in said
-    assert "conv1 " in said
-    assert "bit position 7" in said
+    assert "The most sensitive layer is conv1: " in said
+    assert "The most sensitive bit position is 7: " in said
     assert "pgd,eps=8/255" in said
+
+
+def test_chance_is_not_called_a_weakness() -> None:
+    report = example.report()
+    seu = report.campaigns[0]
+    wide = [
+        v.model_copy(update={"sdc1": v.sdc1.model_copy(update={"low": 0.0})}) for v in seu.layers
+    ]
+    changed = seu.model_copy(update={"layers": tuple(wide), "bits": ()})
+    said = "\n".join(words.findings(report.model_copy(update={"campaigns": (changed,)})))
+    assert "No layer and no bit position stands out" in said
+    assert "most sensitive" not in said
 
 
 def test_findings_of_a_bare_report() -> None:
