@@ -5,14 +5,15 @@ grow with the number of images. Clean and adversarial images are kept apart: a r
 and is judged by the worse of the two errors, so that an attacked activation is not clipped into
 something worse than the attacker made it.
 
-Methods: `minmax`, `percentile` (99.99), `entropy` (KL) and `mse`; `auto` measures all four and
-keeps, tensor by tensor, the one with the least relative squared error.
+Methods: `minmax`, `percentile` (99.99), `entropy` (KL) and `mse`; `auto` tries them all, and two
+tighter percentiles, in the graph, and keeps for each tensor what moves the logits least (ranges.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, ModelError
 from resq_deploy.export import histogram as methods
+from resq_deploy.export import ranges
 from resq_deploy.export.histogram import Histogram
 from resq_deploy.quantization import MIN_SCALE, QMAX
 
@@ -35,6 +37,11 @@ _CHOOSE: dict[str, Callable[[Histogram], float]] = {
     "percentile": methods.percentile,
     "minmax": methods.minmax,
 }
+_TRIED = _CHOOSE | {
+    "percentile-99.9": partial(methods.percentile, percent=99.9),
+    "percentile-99": partial(methods.percentile, percent=99.0),
+}
+_JUDGES = 64  # images that candidates are tried on
 _CHUNK_BYTES = 192 * 2**20  # of activations that one run of the graph may hand back
 
 
@@ -75,11 +82,51 @@ def calibrate(
         raise DataError(f"unknown calibration method {method!r}", f"one of: {', '.join(METHODS)}")
     say = reporter or Reporter()
     probe = Probe(fp32, tensors, threads)
-    clean = observe(probe, batches, say, "calibrating")
-    if not any(h.total for h in clean.values()):
+    judges = [_Sample(_JUDGES), _Sample(_JUDGES)]
+    clean = observe(probe, judges[0].of(batches), say, "calibrating")
+    if not judges[0].images:
         raise DataError("calibration got no images", "give at least one batch")
-    attacked = observe(probe, adversarial, say, "calibrating on adversarial images")
-    return {name: choose(clean[name], attacked[name], method) for name in probe.tensors}
+    attacked = observe(probe, judges[1].of(adversarial), say, "calibrating on adversarial images")
+    chosen: dict[str, str] = dict.fromkeys(probe.tensors, method)
+    if method == "auto" and probe.classifies:
+        sample = np.concatenate([*judges[0].images, *judges[1].images])
+        chosen = _searched(fp32, probe, clean, attacked, sample, threads, say)
+    return {name: choose(clean[name], attacked[name], chosen[name]) for name in probe.tensors}
+
+
+def _searched(
+    fp32: onnx.ModelProto,
+    probe: Probe,
+    clean: Mapping[str, Histogram],
+    attacked: Mapping[str, Histogram],
+    images: Images,
+    threads: int | None,
+    reporter: Reporter,
+) -> dict[str, str]:
+    """The method of each tensor that moves the logits least."""
+    candidates = {
+        name: {m: choose(clean[name], attacked[name], m).scale for m in _TRIED}
+        for name in probe.tensors
+    }
+    return ranges.search(
+        fp32, candidates, images, chunk=probe.chunk, threads=threads, reporter=reporter
+    )
+
+
+class _Sample:
+    """The first images that pass by, `count` at most."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.images: list[Images] = []
+
+    def of(self, batches: Iterable[Images]) -> Iterator[Images]:
+        """The same batches."""
+        for images in batches:
+            if self.left and len(images):
+                self.images.append(np.asarray(images[: self.left], np.float32))
+                self.left -= len(self.images[-1])
+            yield images
 
 
 def observe(
@@ -96,14 +143,17 @@ def observe(
     return found
 
 
-def choose(clean: Histogram, attacked: Histogram, method: Method = "auto") -> Range:
-    """The range of one tensor from its histograms over clean and over adversarial images (which may be empty)."""
+def choose(clean: Histogram, attacked: Histogram, method: str = "auto") -> Range:
+    """The range of one tensor from its histograms over clean and over adversarial images (which may be empty).
+
+    `auto` is here the method with the least squared error of the tensor itself.
+    """
     both = clean.merged(attacked) if attacked.total else clean
     seen = [h for h in (clean, attacked) if h.total]
     names = tuple(_CHOOSE) if method == "auto" else (method,)
     rated = []
     for name in names:
-        threshold = _CHOOSE[name](both)
+        threshold = _TRIED[name](both)
         rated.append((max(_relative(h, threshold) for h in seen), name, threshold))
     error, name, threshold = min(rated, key=lambda r: r[0])
     low, high = max(both.low, -threshold), min(both.high, threshold)
@@ -134,6 +184,7 @@ def _add(histogram: Histogram, name: str, value: NDArray[np.float32]) -> None:
 class Probe:
     """The FP32 graph in ONNX Runtime with `tensors` as extra outputs, run in chunks of bounded memory.
 
+    `classifies`: its output is [B, classes] for any B; `chunk`: images in the last run.
     Raises ModelError for a tensor that is neither the graph's input nor computed by one of its nodes.
     """
 
@@ -148,7 +199,9 @@ class Probe:
         self._session = _session(with_outputs(fp32, self._outputs), threads)
         batch = self._input.type.tensor_type.shape.dim[0]
         self._fixed = batch.dim_value if batch.HasField("dim_value") else 0
-        self._chunk = self._fixed or 1
+        self.chunk = self._fixed or 1
+        rank = len(fp32.graph.output[0].type.tensor_type.shape.dim)
+        self.classifies = not self._fixed and rank == 2
 
     def run(self, images: Images) -> Iterator[tuple[int, Mapping[str, NDArray[np.float32]]]]:
         """(images in the chunk, values by tensor), chunk by chunk."""
@@ -156,7 +209,7 @@ class Probe:
             raise DataError(f"calibration images of shape {images.shape}, [B, C, H, W] expected")
         start = 0
         while start < len(images):
-            part = np.ascontiguousarray(images[start : start + self._chunk], dtype=np.float32)
+            part = np.ascontiguousarray(images[start : start + self.chunk], dtype=np.float32)
             start += len(part)
             yield len(part), self._values(part)
 
@@ -171,7 +224,7 @@ class Probe:
             found[self._input.name] = images
         if not self._fixed:
             each = sum(v.nbytes for v in found.values()) // size
-            self._chunk = int(min(max(_CHUNK_BYTES // max(each, 1), 1), 256))
+            self.chunk = int(min(max(_CHUNK_BYTES // max(each, 1), 1), 256))
         return {name: _head(value, size, len(images)) for name, value in found.items()}
 
 

@@ -1,0 +1,103 @@
+"""Ranges chosen by the logits: what the search tries, and that it finds what a local error hides."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from resq_deploy.export import qdq, ranges
+from resq_deploy.export.calibrate import Probe, calibrate
+from tests.export import nets
+
+IMAGES = nets.images(32)
+
+
+def common_mode() -> onnx.ModelProto:
+    """A residual network whose logits share one huge, useless term of one channel."""
+    model = nets.residual()
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("conv2.bias", "conv2.weight"):
+            value[0] *= 150
+        if tensor.name == "fc.weight":
+            value[:, 0] = 0.5
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    return model
+
+
+def divergence(model: onnx.ModelProto, method: str) -> float:
+    """Mean KL of FP32 from the INT8 graph with these ranges, on other images."""
+    found = calibrate(model, qdq.activation_tensors(model), [IMAGES], method, threads=1)  # type: ignore[arg-type]
+    int8 = qdq.quantize_graph(model, found)
+    fresh = nets.images(64, seed=3)
+    p, q = (
+        ranges.log_softmax(
+            np.concatenate([v["logits"] for _, v in Probe(m, ["logits"], 1).run(fresh)])
+        )
+        for m in (model, int8)
+    )
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def test_the_logits_decide_where_a_local_error_misleads() -> None:
+    model = common_mode()
+    alone = {m: divergence(model, m) for m in ("minmax", "mse", "percentile", "entropy")}
+    assert divergence(model, "auto") <= 1.3 * min(alone.values())
+
+
+def test_a_search_that_could_not_gain_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.residual()
+    tried: list[object] = []
+    monkeypatch.setattr(ranges, "GOOD_ENOUGH", np.inf)
+    original = ranges._Trial.divergence
+
+    def counted(self: ranges._Trial, scales: dict[str, float]) -> float:
+        tried.append(scales)
+        return original(self, scales)
+
+    monkeypatch.setattr(ranges._Trial, "divergence", counted)
+    found = ranges.search(model, {"relu.out": {"a": 0.01, "b": 0.02}}, IMAGES, threads=1)
+    assert len(tried) == 2
+    assert found["relu.out"] in ("a", "b")
+
+
+def test_the_better_scale_of_each_tensor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "GOOD_ENOUGH", 0.0)
+    model = nets.residual()
+    good = calibrate(model, ["relu.out", "relu2.out"], [IMAGES], "mse", threads=1)
+    candidates = {
+        "relu.out": {"x": good["relu.out"].scale * 9, "y": good["relu.out"].scale},
+        "relu2.out": {"x": good["relu2.out"].scale, "y": good["relu2.out"].scale / 9},
+    }
+    found = ranges.search(model, candidates, IMAGES, threads=1, chunk=5)
+    assert found == {"relu.out": "y", "relu2.out": "x"}
+
+
+def test_nothing_to_choose_is_nothing() -> None:
+    assert ranges.search(nets.residual(), {}, IMAGES) == {}
+
+
+def test_the_trial_graph_rounds_as_the_int8_graph_does() -> None:
+    model = nets.chain()
+    tensor = "relu.out"
+    scale = calibrate(model, [tensor], [IMAGES], "minmax", threads=1)[tensor].scale
+    made = ranges.rounded_graph(model, [tensor])
+    onnx.checker.check_model(made, full_check=True)
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = {"input": IMAGES, ranges.scale_input(tensor): np.asarray(scale, np.float32)}
+    found = session.run(["logits"], given)[0]
+    exact = next(v for _, v in Probe(model, [tensor, "logits"], 1).run(IMAGES[:1]))
+    assert not np.array_equal(found[:1], exact["logits"])
+    np.testing.assert_allclose(found[:1], exact["logits"], atol=0.1 * np.abs(exact["logits"]).max())
+    tiny = session.run(
+        ["logits"], given | {ranges.scale_input(tensor): np.asarray(1e-6, np.float32)}
+    )[0]
+    assert np.abs(tiny - found).max() > 0.1 * np.abs(found).max()
+
+
+def test_candidates_that_are_alike_are_tried_once() -> None:
+    scales = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 1.99, "e": 0.5}
+    assert ranges._others(scales, "a") == ["c", "e"]
+    assert ranges._others(scales, "e") == ["a", "c"]
