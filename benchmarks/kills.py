@@ -24,8 +24,9 @@ from typing import Any
 from resq_deploy.fault_models import parse
 from resq_deploy.faults import Flips
 from resq_deploy.metrics import Logits
-from resq_deploy.runtime.campaign import CampaignResult, Inline, Rule, run_campaign
+from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
 from resq_deploy.runtime.double import NumpyRunner
+from resq_deploy.runtime.figures import CampaignResult
 from resq_deploy.runtime.journal import CampaignLog, Journal
 from resq_deploy.runtime.trials import Job, PlainEngine, Row
 from resq_deploy.runtime.workers import open_pool

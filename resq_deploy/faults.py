@@ -186,7 +186,9 @@ class FaultSpace:
 
     def flips(self, indices: NDArray[np.int64]) -> Flips:
         """The flips at these integers in [0, N), each of them distinct."""
-        ordered = np.sort(np.asarray(indices, dtype=np.int64))
+        ordered = np.asarray(indices, dtype=np.int64)
+        if (ordered[1:] < ordered[:-1]).any():
+            ordered = np.sort(ordered)
         tensor, element, bit = self.locate(ordered)
         cuts = [*_firsts(tensor).tolist(), tensor.size]
         parts = {}

@@ -202,9 +202,10 @@ class ProcessPool:
 
     def _settle(self) -> None:
         """Let the workers finish what was sent to them, and forget it; one that does not is replaced."""
+        enough = min(self._patience(), 5.0 + 3 * self._slowest)
         for worker in list(self._workers):
             with contextlib.suppress(EOFError, OSError, ResqError, RuntimeError):
-                while worker.sent and worker.pipe.poll(self._patience()):
+                while worker.sent and worker.pipe.poll(enough):
                     self._receive(worker, worker.pipe.recv(), -1, None, [])
             if worker.sent:
                 self._replace(worker)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -54,6 +54,7 @@ def test_trials_never_change(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", EVERY)
+@settings(deadline=None)
 @given(space=spaces(), seed=st.integers(0, 2**63), trial=st.integers(0, 2**40))
 def test_a_draw_is_distinct_inside_and_repeatable(
     text: str, space: FaultSpace, seed: int, trial: int
@@ -114,6 +115,7 @@ def test_what_cannot_be_parsed(text: str, words: str) -> None:
         parse(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_parse_gives_a_model_or_a_fault_error(text: str) -> None:
     with contextlib.suppress(FaultError):
@@ -180,6 +182,7 @@ def test_a_billion_bits_take_no_time_and_no_memory() -> None:
     assert (np.diff(drawn) > 0).all()
 
 
+@settings(deadline=None)
 @given(st.floats(2**-53, 1.0))
 def test_the_logarithm_is_one(value: float) -> None:
     assert _draws._log(np.array([value]))[0] == pytest.approx(
@@ -187,11 +190,13 @@ def test_the_logarithm_is_one(value: float) -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.floats(1e-300, 1 - 2**-53))
 def test_the_logarithm_of_the_rest_is_one(rate: float) -> None:
     assert _draws._log1m(rate) == pytest.approx(math.log1p(-rate), rel=1e-15)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**62), st.integers(1, 50))
 def test_integers_stay_below(bound: int, count: int) -> None:
     drawn = _draws.below(trial_rng(3, bound % 1000), bound, count)

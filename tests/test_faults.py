@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -42,6 +42,7 @@ def addresses(space: FaultSpace) -> list[Fault]:
     return found
 
 
+@settings(deadline=None)
 @given(spaces())
 def test_integers_enumerate_the_addresses(space: FaultSpace) -> None:
     tensor, element, bit = space.locate(np.arange(space.size))
@@ -51,6 +52,7 @@ def test_integers_enumerate_the_addresses(space: FaultSpace) -> None:
     assert space.sizes().sum() == space.size == len(found)
 
 
+@settings(deadline=None)
 @given(spaces(), st.data())
 def test_flips_of_integers_and_of_addresses_agree(space: FaultSpace, data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, space.size - 1), unique=True, max_size=30))
@@ -62,6 +64,7 @@ def test_flips_of_integers_and_of_addresses_agree(space: FaultSpace, data: st.Da
     assert sorted(by_index.faults()) == sorted(every[i] for i in chosen)
 
 
+@settings(deadline=None)
 @given(spaces(), st.data())
 def test_flipping_twice_restores_and_changes_exactly_those_bits(
     space: FaultSpace, data: st.DataObject
@@ -79,6 +82,7 @@ def test_flipping_twice_restores_and_changes_exactly_those_bits(
         assert faulty.tobytes() == golden.value.tobytes()
 
 
+@settings(deadline=None)
 @given(spaces(), st.data())
 def test_golden_bits(space: FaultSpace, data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, space.size - 1), unique=True))
@@ -89,6 +93,7 @@ def test_golden_bits(space: FaultSpace, data: st.DataObject) -> None:
         assert int.from_bytes(raw, "little") >> f.bit & 1 == value
 
 
+@settings(deadline=None)
 @given(spaces(), st.sampled_from([1, 2, 4]), st.data())
 def test_a_block_is_all_locations_of_the_same_aligned_bytes(
     space: FaultSpace, size: int, data: st.DataObject

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -78,6 +78,7 @@ def _tally(hits: list[int], images: int = 16) -> s.Tally:
     return tally
 
 
+@settings(deadline=None)
 @given(SHARES, st.sampled_from([0.5, 0.9, 0.95, 0.999]))
 def test_an_interval_is_what_the_bets_leave(hits: list[int], confidence: float) -> None:
     found = _tally(hits).estimate(confidence)
@@ -92,6 +93,7 @@ def test_an_interval_is_what_the_bets_leave(hits: list[int], confidence: float) 
             assert (found.low <= mean <= found.high) == (not above and not below)
 
 
+@settings(deadline=None)
 @given(SHARES)
 def test_an_interval_mirrors_and_widens_with_confidence(hits: list[int]) -> None:
     found, mirrored = _tally(hits).estimate(), _tally([16 - k for k in hits]).estimate()
@@ -101,6 +103,7 @@ def test_an_interval_mirrors_and_widens_with_confidence(hits: list[int]) -> None
     assert wider.high >= found.high
 
 
+@settings(deadline=None)
 @given(SHARES, st.randoms())
 def test_order_is_nothing(hits: list[int], random: object) -> None:
     other = list(hits)

@@ -52,6 +52,21 @@ def test_a_pool_serves_one_campaign_after_the_other(pool: ProcessPool) -> None:
         assert run_campaign(pool, job(seed=seed), rule=TRIALS).figures() == alone.figures()
 
 
+def test_a_campaign_that_ends_does_not_wait_for_a_trial_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = ProcessPool(Misbehaves("hang"), 2, 1)
+    monkeypatch.setattr(pool, "_patience", lambda: 0.5)
+    first, *_ = bad_trials(job())
+    try:
+        rows = pool.run(job(), iter([first, *range(first)]))
+        assert next(rows)
+        rows.close()  # type: ignore[attr-defined]
+        assert not any(worker.sent for worker in pool._workers)
+    finally:
+        pool.close()
+
+
 def test_every_trial_once(pool: ProcessPool) -> None:
     rows = [row for batch in pool.run(job(), iter(range(500))) for row in batch]
     assert sorted(row.trial for row in rows) == list(range(500))
