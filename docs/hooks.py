@@ -35,7 +35,9 @@ def helps(name: str) -> Iterator[tuple[str, str]]:
     yield from _helps(command(name), name, None)
 
 
-def _helps(found: click.Command, words: str, above: click.Context | None) -> Iterator[tuple[str, str]]:
+def _helps(
+    found: click.Command, words: str, above: click.Context | None
+) -> Iterator[tuple[str, str]]:
     context = click.Context(found, info_name=words.split()[-1], parent=above, terminal_width=96)
     yield words, found.get_help(context)
     for name in getattr(found, "commands", {}):
