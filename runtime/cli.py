@@ -94,9 +94,8 @@ def command(
     Every fault lands in the bytes that the engine loads, every attack goes through the arithmetic
     that it runs. Exit status: 0 done, 1 a requirement was not met, 2 bad input.
     """
-    from resq_deploy.runtime.validate import validate_bundle
-
     from resq_deploy.report import print_report
+    from resq_deploy.runtime.validate import validate_bundle
 
     report = validate_bundle(
         bundle,

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resq_deploy.bundle import Bundle
-from resq_deploy.faults import Flips
-from resq_deploy.metrics import Logits
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.runner import Images, Runner, open_runner
-from resq_deploy.runtime.suffix import SuffixEngine
 from resq_deploy.runtime.trials import PlainEngine, TrialEngine
 
 
@@ -28,27 +25,6 @@ class OpenEngine:
         options = {**self.options, "threads": threads} if self.backend == "ort" else self.options
         bundle = Bundle.open(self.bundle, verify=False)
         return engine_of(open_runner(bundle, self.backend, **options), self.images)
-
-
-class Shortened:
-    """Trials that re-run only what a fault can reach (suffix.py); the same bits as full runs."""
-
-    def __init__(self, runner: OrtRunner, images: Images) -> None:
-        self.runner = runner
-        self.suffix = SuffixEngine(runner, images)
-
-    def golden(self) -> Logits:
-        """A run without faults."""
-        return self.suffix.golden
-
-    def run(self, flips: Flips) -> Logits:
-        """A run with them."""
-        return self.suffix.logits(flips)
-
-    @property
-    def info(self) -> dict[str, object]:
-        """The runner's, and how trials are shortened."""
-        return {"engine": "suffix re-execution", **self.runner.info, **self.suffix.info}
 
 
 def engine_of(runner: Runner, images: Images) -> TrialEngine:
