@@ -117,13 +117,13 @@ class Journal:
         Raises CampaignError where one of this name was run with another `identity` (filters, golden logits).
         """
         wanted = json.dumps(identity or {}, sort_keys=True)
-        with self._writing():
-            self._db.execute(
-                "INSERT OR IGNORE INTO campaign (name, identity) VALUES (?, ?)", (name, wanted)
-            )
-        found = self._db.execute(
-            "SELECT id, identity FROM campaign WHERE name = ?", (name,)
-        ).fetchone()
+        query = "SELECT id, identity FROM campaign WHERE name = ?"
+        found = self._db.execute(query, (name,)).fetchone()
+        if found is None:
+            with self._writing():
+                insert = "INSERT OR IGNORE INTO campaign (name, identity) VALUES (?, ?)"
+                self._db.execute(insert, (name, wanted))
+            found = self._db.execute(query, (name,)).fetchone()
         _same(self.path, json.loads(found[1]), json.loads(wanted))
         return CampaignLog(self, int(found[0]), name)
 
