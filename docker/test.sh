@@ -60,11 +60,11 @@ run() {
 }
 
 step "hardening a small network"
-run export resq-harden resnet8 --data digits --stages none --epochs 3 -o /data/model.pt --quiet
+run export resq-harden resnet8 --data digits --stages none --epochs 1 -o /data/model.pt --quiet
 step "exporting it with an engine"
-run export resq-export /data/model.pt --target tensorrt-rtx --quiet
+run export resq-export /data/model.pt --target tensorrt-rtx --no-adjust --attack fgsm --calib-samples 128 --quiet
 step "validating the bundle"
-run runtime resq-validate /data/model.resq --trials 20 --samples 64 --ber 1e-3 --quiet -o /data/evidence
+run runtime resq-validate /data/model.resq --trials 10 --samples 32 --ber 1e-3 --quiet -o /data/evidence
 
 for file in model.resq/manifest.json model.resq/engines evidence; do
     [ -e "$data/$file" ] || fail "$file was not written"
