@@ -30,5 +30,7 @@ class OpenEngine:
 def engine_of(runner: Runner, images: Images) -> TrialEngine:
     """The fastest engine of this runner whose logits are those of full runs, bit for bit."""
     return (
-        Shortened(runner, images) if isinstance(runner, OrtRunner) else PlainEngine(runner, images)
+        SuffixEngine(runner, images)
+        if isinstance(runner, OrtRunner)
+        else PlainEngine(runner, images)
     )
