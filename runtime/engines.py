@@ -8,6 +8,7 @@ from typing import Any
 from resq_deploy.bundle import Bundle
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.runner import Images, Runner, open_runner
+from resq_deploy.runtime.suffix import SuffixEngine
 from resq_deploy.runtime.trials import PlainEngine, TrialEngine
 
 
