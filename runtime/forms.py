@@ -267,13 +267,16 @@ class Forms:
             return self.emit("NhwcMaxPool", [name], MS, **pool), True
         if node.op_type not in MOVES:
             return name, nhwc
-        name = self.transposed(name, False) if nhwc and not self.is_vector(node) else name
+        if nhwc and self.is_vector(node):
+            return self.emit("Flatten", [name]), False
+        name = self.transposed(name, False) if nhwc else name
         return self.emit(node.op_type, [name, *node.input[1:]], **attrs), False
 
     def is_vector(self, node: onnx.NodeProto) -> bool:
-        """Whether a node flattens one pixel, which is the same in both layouts."""
-        shape = self.graph.shapes.get(node.input[0], ())
-        return node.op_type == "Flatten" and len(shape) == 4 and tuple(shape[2:]) == (1, 1)
+        """Whether a node flattens images of one pixel, which is the same in both layouts."""
+        before = self.graph.shapes.get(node.input[0], ())
+        after = self.graph.shapes.get(node.output[0], ())
+        return len(before) == 4 and before[2:] == (1, 1) and tuple(after[1:]) == (before[1],)
 
 
 def _clip_range(node: onnx.NodeProto, arrays: Arrays) -> tuple[float, float] | None:

@@ -110,5 +110,6 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
 
 def sane_scale(scale: NDArray[Any]) -> bool:
     """Whether fused kernels may use a scale: normal, positive, far from overflow."""
-    value = np.asarray(scale, dtype=np.float64)
-    return bool(np.all((value >= 2.0**-100) & (value <= 2.0**60)))
+    with np.errstate(invalid="ignore"):  # a flip can make a signalling NaN
+        value = np.asarray(scale, dtype=np.float64)
+        return bool(np.all((value >= 2.0**-100) & (value <= 2.0**60)))

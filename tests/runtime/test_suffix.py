@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resq_deploy.fault_models import parse, trial_rng
@@ -36,6 +36,7 @@ def same_as_full_run(engine: SuffixEngine, flips: Flips) -> bool:
 
 @pytest.mark.parametrize("word", MODELS)
 @settings(max_examples=5, deadline=None)
+@example(seed=965909)  # a signalling NaN among the scales
 @given(seed=st.integers(0, 2**31))
 def test_bits_of_a_full_run(engine: SuffixEngine, word: str, seed: int) -> None:
     flips = parse(word).sample(engine.runner.space, trial_rng(seed, 0))
