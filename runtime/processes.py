@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
-import sys
 import time
 import traceback
 from collections import deque
@@ -22,6 +21,7 @@ from typing import Any
 from resq_deploy import errors
 from resq_deploy.errors import CampaignError, ResqError
 from resq_deploy.metrics import Logits
+from resq_deploy.runtime.machine import resident, without_main
 from resq_deploy.runtime.trials import (
     EngineFactory,
     Job,
@@ -93,6 +93,11 @@ class ProcessPool:
         """How many, of how many threads, and how often one had to be started again."""
         names = {"workers": self.count, "threads_each": self.threads, "restarts": self._restarts}
         return {**names, **self._engine}
+
+    @property
+    def bytes(self) -> int:
+        """Resident memory of the largest worker, 0 where the system does not tell."""
+        return max(resident(worker.process.pid) for worker in self._workers)
 
     def run(self, job: Job, trials: Iterator[int]) -> Iterator[list[Row]]:
         """Rows of these trials as they are finished, in any order."""
@@ -217,7 +222,7 @@ class ProcessPool:
         here, there = context.Pipe()
         arguments = (there, self._factory, self.threads)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        with _without_main(self._factory):
+        with without_main(self._factory):
             process.start()
         there.close()
         return _Worker(process, here)
@@ -328,23 +333,3 @@ def raise_again(kind: str, text: str, hint: str) -> None:
     if isinstance(found, type) and issubclass(found, ResqError):
         raise (errors.BackendError if found is errors.MissingExtra else found)(text, hint)
     raise RuntimeError(f"in a worker: {text}")
-
-
-@contextlib.contextmanager
-def _without_main(factory: object) -> Iterator[None]:
-    """Start a process without importing the caller's script in it, so that scripts need no `__main__` guard.
-
-    Where the script itself defines the factory, there is no way around importing it.
-    """
-    main = sys.modules["__main__"]
-    if "__main__" in (getattr(factory, "__module__", ""), type(factory).__module__):
-        yield
-        return
-    file, spec = main.__dict__.pop("__file__", None), main.__spec__
-    try:
-        main.__spec__ = None
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file

@@ -6,7 +6,6 @@ changes no figure.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -15,15 +14,9 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import CampaignError
 from resq_deploy.metrics import Logits
 from resq_deploy.runtime.campaign import Pool
+from resq_deploy.runtime.machine import cores, room_for
 from resq_deploy.runtime.processes import ProcessPool
 from resq_deploy.runtime.trials import EngineFactory, Job, Row, digest
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def open_pool(
@@ -93,6 +86,10 @@ class AutoPool:
     def _measure(self, job: Job, trials: Iterator[int]) -> Iterator[list[Row]]:
         rate = yield from self._timed(self._pool, job, trials)
         if rate is None:
+            return
+        if not room_for(cores(), self._pool.bytes):
+            self._reporter.log("workers: one process, memory is too small for more")
+            self._chosen = True
             return
         other = ProcessPool(self._factory, cores(), 1, timeout=self._timeout)
         try:

@@ -14,9 +14,10 @@ import pytest
 
 from resq_deploy.errors import BackendError, CampaignError
 from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
+from resq_deploy.runtime.machine import cores, room_for
 from resq_deploy.runtime.processes import ProcessPool
 from resq_deploy.runtime.trials import Job, Row
-from resq_deploy.runtime.workers import AutoPool, cores, open_pool
+from resq_deploy.runtime.workers import AutoPool, open_pool
 from tests.runtime.engines import CannotOpen, Differs, Misbehaves, Opens, is_bad, job, plain
 
 TRIALS = Rule(trials=60)
@@ -158,17 +159,35 @@ def test_a_number_of_workers_shares_the_cores() -> None:
 
 
 @pytest.mark.skipif(cores() == 1, reason="one core leaves nothing to choose")
-@pytest.mark.parametrize(("gain", "best"), [(0.0, f"{cores()}x1"), (2.0, f"1x{cores()}")])
+@pytest.mark.parametrize(("gain", "best"), [(0.0, f"{cores()}x1"), (3.0, f"1x{cores()}")])
 def test_auto_takes_what_is_faster_and_says_so(gain: float, best: str) -> None:
-    pool = AutoPool(Opens(0.02, gain), seconds=0.4)
+    pool = AutoPool(Opens(0.3, gain), seconds=0.4)
     try:
-        found = run_campaign(pool, job(), rule=Rule(trials=250))
+        found = run_campaign(pool, job(), rule=Rule(trials=24))
     finally:
         pool.close()
     rates = found.execution["trials_per_second"]
     assert set(rates) == {f"1x{cores()}", f"{cores()}x1"}
     assert f"{found.execution['workers']}x{found.execution['threads_each']}" == best
-    assert found.figures() == run_campaign(Inline(plain()), job(), rule=Rule(trials=250)).figures()
+    assert found.figures() == run_campaign(Inline(plain()), job(), rule=Rule(trials=24)).figures()
+
+
+def test_auto_stays_with_one_process_where_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = AutoPool(Opens(0.02, 0.0), seconds=0.2)
+    assert pool._pool.bytes > 20 * 2**20
+    monkeypatch.setattr("resq_deploy.runtime.workers.room_for", lambda count, size: False)
+    try:
+        found = run_campaign(pool, job(), rule=Rule(trials=40))
+    finally:
+        pool.close()
+    assert found.execution["workers"] == 1
+
+
+@pytest.mark.parametrize(("free", "fits"), [(1000, False), (5000, True)])
+def test_room_is_what_is_free(tmp_path: Path, free: int, fits: bool) -> None:
+    (tmp_path / "m").write_text(f"MemTotal: 9999 kB\nMemAvailable: {free} kB\nHugePages: 0\n")
+    assert room_for(3, 1_000_000, str(tmp_path / "m")) == fits
+    assert room_for(3, 1_000_000, str(tmp_path / "nothing"))
 
 
 def test_auto_starts_nothing_more_for_a_short_campaign() -> None:
