@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,8 +33,8 @@ from resq_deploy.export.adjust import DESIGN_BER
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, parameters_of, white_box
-from resq_deploy.export.load import load_model
-from resq_deploy.export.samples import Source
+from resq_deploy.export.load import LoadedModel, load_model
+from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
 
@@ -110,70 +110,103 @@ def export_model(
     say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
 
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
+    made = _quantized(
+        fp32, loaded, drawn, high_precision, adjust, design_ber, parse_eps(eps), seed, say
+    )
+    metrics = describe.compare(fp32, made.deployed, drawn.held_out)
+
+    with BundleWriter(target, force=force) as writer:
+        _save(fp32, writer.dir / FP32)
+        _save(made.deployed, writer.dir / INT8)
+        _save_sample(writer, EVAL, drawn.held_out)
+        exposed = drawn.held_out.take(attack_samples)
+        crafted = dict(_attacks(writer, fp32, made.int8, exposed, attacks, eps, seed, say))
+        engines = dict(_engines(writer, made.deployed, targets, batch, sm, say))
+        return writer.finish(
+            {
+                "name": target.name.removesuffix(".resq") or "model",
+                "arch": loaded.arch,
+                "input": _input(loaded, made.deployed),
+                "classes": drawn.classes,
+                "quantization": describe.quantization_of(
+                    made.source, made.deployed, made.plan, made.ranges, high_precision
+                ),
+                "adjustment": made.record,
+                "metrics": metrics,
+                "attacks": crafted,
+                "engines": engines,
+                "provenance": _provenance(loaded, drawn, command, seed),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Quantized:
+    """`source` in INT8 by `plan` and `ranges`; `deployed` is `int8` with its float part in the type asked for."""
+
+    plan: rules.Plan
+    ranges: Mapping[str, Range]
+    source: onnx.ModelProto
+    int8: onnx.ModelProto
+    deployed: onnx.ModelProto
+    record: Adjustment
+
+
+def _quantized(
+    fp32: onnx.ModelProto,
+    loaded: LoadedModel,
+    drawn: Drawn,
+    high_precision: HighPrecision,
+    adjust: bool,
+    design_ber: float,
+    eps: float,
+    seed: int,
+    reporter: Reporter,
+) -> _Quantized:
+    """Calibrate, place Q/DQ, adjust, and turn what stays float into the type asked for."""
     half = high_precision == "fp16"
-    plan = rules.plan(fp32, half=half)
-    images = samples.as_sample(drawn.calibration)
-    attacked = _attacked(loaded.module, images, eps, seed, say)
+    plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
+    clean = samples.batches(drawn.calibration)
+    attacked = _attacked(loaded.module, images, eps, seed, reporter)
     ranges: Mapping[str, Range] = calibrate(
-        fp32,
-        plan.activations,
-        samples.batches(drawn.calibration),
-        adversarial=attacked,
-        reporter=say,
+        fp32, plan.activations, clean, adversarial=attacked, reporter=reporter
     )
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
     source, record = fp32, Adjustment(applied=False)
     if adjust:
-        adjusted = stage3(
+        found = stage3(
             int8,
             fp32,
             images.images,
             ranges=ranges,
             design_ber=design_ber,
-            eps=parse_eps(eps),
+            eps=eps,
             half_scales=half,
             seed=seed,
-            reporter=say,
+            reporter=reporter,
         )
-        int8, source = adjusted.model, adjusted.fp32
-        ranges, record = adjusted.ranges, adjusted.record
+        int8, source, ranges, record = found.model, found.fp32, found.ranges, found.record
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)
-    metrics = describe.compare(fp32, deployed, drawn.held_out)
+    return _Quantized(plan, ranges, source, int8, deployed, record)
 
-    with BundleWriter(target, force=force) as writer:
-        _save(fp32, writer.dir / FP32)
-        _save(deployed, writer.dir / INT8)
-        _save_sample(writer, EVAL, drawn.held_out)
-        exposed = drawn.held_out.take(attack_samples)
-        crafted = dict(_attacks(writer, fp32, int8, exposed, attacks, eps, seed, say))
-        engines = dict(_engines(writer, deployed, targets, batch, sm, say))
-        return writer.finish(
-            {
-                "name": _name(target),
-                "arch": loaded.arch,
-                "input": {
-                    "name": deployed.graph.input[0].name,
-                    "shape": loaded.input_shape,
-                    "mean": loaded.mean,
-                    "std": loaded.std,
-                },
-                "classes": drawn.classes,
-                "quantization": describe.quantization_of(fp32, int8, plan, ranges, high_precision),
-                "adjustment": record,
-                "metrics": metrics,
-                "attacks": crafted,
-                "engines": engines,
-                "provenance": {
-                    "versions": describe.versions(),
-                    "command": tuple(command),
-                    "seed": seed,
-                    "model_sha256": loaded.sha256,
-                    "calibration": drawn.record,
-                    "training": {**loaded.trained, "metrics": dict(loaded.metrics)},
-                },
-            }
-        )
+
+def _input(loaded: LoadedModel, model: onnx.ModelProto) -> dict[str, Any]:
+    name = model.graph.input[0].name
+    return {"name": name, "shape": loaded.input_shape, "mean": loaded.mean, "std": loaded.std}
+
+
+def _provenance(
+    loaded: LoadedModel, drawn: Drawn, command: Sequence[str], seed: int
+) -> dict[str, Any]:
+    return {
+        "versions": describe.versions(),
+        "command": tuple(command),
+        "seed": seed,
+        "model_sha256": loaded.sha256,
+        "calibration": drawn.record,
+        "training": {**loaded.trained, "metrics": dict(loaded.metrics)},
+    }
 
 
 def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | str) -> None:
@@ -192,7 +225,7 @@ def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | 
 
 
 def _attacked(
-    network: nn.Module, sample: Sample, eps: float | str, seed: int, reporter: Reporter
+    network: nn.Module, sample: Sample, eps: float, seed: int, reporter: Reporter
 ) -> list[Images]:
     """FGSM versions of some calibration images: ranges must not clip what an attacker can send."""
     part = sample.take(CALIB_ATTACKED)
@@ -279,7 +312,3 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 def _save_sample(writer: BundleWriter, name: str, sample: Sample) -> None:
     writer.save_npz(name, x=compact(sample.images), y=sample.labels, index=sample.indices)
-
-
-def _name(target: Path) -> str:
-    return target.name.removesuffix(".resq") or "model"
