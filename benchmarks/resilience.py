@@ -210,10 +210,16 @@ def validate(setup: Setup, bundle: Any) -> dict[str, float]:
         "clean": clean_accuracy(setup, bundle),
         "PGD-20": apart.figures[f"robust@pgd,eps={eps}"].mean,
         "APGD": apart.figures[f"robust@worst,eps={eps}"].mean,
-        "joint": together.figures[f"robust@pgd,eps={eps}@ber={JOINT_BER:g}"].mean,
+        "joint": together.figures[accuracy_at(JOINT_BER, f"pgd,eps={eps}")].mean,
     }
-    said = {name: figure.mean for name, figure in apart.figures.items()}
-    return {**columns, **{f"BER {p:g}": said[f"accuracy@ber={p:g}"] for p in BERS}}
+    return {**columns, **{f"BER {p:g}": apart.figures[accuracy_at(p)].mean for p in BERS}}
+
+
+def accuracy_at(ber: float, on: str = "clean") -> str:
+    """How a report names accuracy at a bit error rate."""
+    from resq_deploy.runtime.evidence import campaign_names
+
+    return campaign_names(f"ber:{ber:g}", on)["accuracy"]
 
 
 def clean_accuracy(setup: Setup, bundle: Any) -> float:
