@@ -104,7 +104,10 @@ class AutoPool:
         faster = other if (rate_of_other or 0.0) > rate else self._pool
         (self._pool if faster is other else other).close()
         self._pool, self._chosen = faster, True
-        self._reporter.log(f"workers: {faster.count} of {faster.threads} threads")
+        shown = ", ".join(f"{way}: {rate:g}" for way, rate in self._rates.items())
+        self._reporter.log(
+            f"workers: {faster.count} x {faster.threads} threads (trials per second of {shown})"
+        )
 
     def _timed(
         self, pool: ProcessPool, job: Job, trials: Iterator[int]
