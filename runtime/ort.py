@@ -53,7 +53,8 @@ class OrtRunner(Runner):
 
     `threads` threads (default: all cores) take images in chunks; a result does not depend on them.
     `exact=True` runs the file node by node, nothing fused, many times slower; so does a CPU whose
-    byte products saturate, and on other than x86 ONNX Runtime's own fusions run the file.
+    byte products saturate. On other than x86, and where parts are in float16, ONNX Runtime's own
+    fusions run the file.
     """
 
     backend: ClassVar[str] = "ort"
@@ -62,7 +63,7 @@ class OrtRunner(Runner):
         self, model: onnx.ModelProto, *, threads: int | None = None, exact: bool = False
     ) -> None:
         self.graph = Graph.of(model)
-        self.mode = _mode(exact)
+        self.mode = _mode(exact, model)
         self.threads = threads or os.cpu_count() or 1
         self._model = model
         self._pool = ThreadPoolExecutor(self.threads)
@@ -224,11 +225,9 @@ class OrtRunner(Runner):
         for tensor in model.graph.initializer:
             if tensor.name in changed:
                 tensor.CopyFrom(numpy_helper.from_array(changed[tensor.name], tensor.name))
-        options = session_options(1)
+        options = session_options(1, fuse=self.mode == "stock")
         if self.mode != "stock":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        else:
-            options.add_session_config_entry("session.disable_quant_qdq", "0")
         session = open_session(model.SerializeToString(), options)
         inputs = tuple(i.name for i in self.graph.inputs)
         outputs = tuple(o.name for o in self.graph.outputs)
@@ -254,12 +253,15 @@ def same_nodes(a: Lowered, b: Lowered) -> bool:
     return a.nodes is b.nodes or a.nodes == b.nodes
 
 
-def _mode(exact: bool) -> str:
+def _mode(exact: bool, model: onnx.ModelProto) -> str:
     if exact:
         return "plain"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "stock"
-    return "plain" if _saturates() else "lowered"
+    if _saturates():
+        return "plain"
+    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    return "stock" if half else "lowered"  # the byte kernels know float32 scales only
 
 
 @lru_cache(maxsize=1)

@@ -98,13 +98,13 @@ def fold(
     return left, known
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Options of every session: nothing is fused that `lower` did not fuse."""
+def session_options(threads: int, *, fuse: bool = False) -> ort.SessionOptions:
+    """Options of every session; unless `fuse`, no Q/DQ is fused that `lower` did not fuse."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
     return options
 
 

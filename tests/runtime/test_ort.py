@@ -127,3 +127,14 @@ def test_a_graph_that_takes_no_images_is_refused() -> None:
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
     with pytest.raises(ModelError, match="C, H and W"):
         OrtRunner(model)
+
+
+def test_a_file_with_float16_in_it_runs_by_onnx_runtimes_own_fusions() -> None:
+    model = graphs.quantized("resnet")
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float16), "half"))
+    x = graphs.images(model)
+    with OrtRunner(model) as runner:
+        assert runner.info["execution"] in ("stock", "plain")
+        golden = runner(x)
+        assert runner.unnoticed(x) == []
+        assert np.array_equal(runner(x), golden)
