@@ -214,6 +214,7 @@ def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
     chosen = f"design {setup.design[0]:g}"
     figures = {
         "fp32": accuracy(exact, m.labels),
+        "fp32_of_flipped": accuracy(exact[: setup.faulty], m.labels[: setup.faulty]),
         "int8": scores["int8"],
         "int8_plain": scores["plain"],
         "agreement": agrees["int8"],
@@ -405,6 +406,7 @@ def show(arch: str, f: dict[str, Any]) -> None:
             if other == name
         ]
         print(f"  BER, {name:23s}{'   '.join(cells)}")
+    print(f"  (FP32 on these images: {100 * f['fp32_of_flipped']:.2f})")
     print(flush=True)
 
 
