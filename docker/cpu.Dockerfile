@@ -27,22 +27,27 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/resq
 WORKDIR /src
-COPY docker/pip.sh docker/requirements.py docker/
-COPY constraints.txt pyproject.toml ./
+COPY docker/pip.sh docker/
 
-# Dependencies before the package: a change of code does not install torch again.
+# Lists of what to install in a stage of their own: torch is installed again when its line changes, not with the code.
+FROM build AS requirements
+COPY docker/requirements.py docker/
+COPY constraints.txt pyproject.toml ./
+RUN docker/requirements.py pyproject.toml export attacks tensorrt-rtx > export.txt \
+    && docker/requirements.py pyproject.toml data attacks > runtime.txt
+
 FROM build AS export-dependencies
+COPY --from=requirements /src/constraints.txt /src/export.txt ./
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/var/cache/pip \
-    docker/requirements.py pyproject.toml export attacks tensorrt-rtx > requirements.txt \
-    && docker/pip.sh install -c constraints.txt -r requirements.txt
+    docker/pip.sh install -c constraints.txt -r export.txt
 
 FROM build AS runtime-dependencies
+COPY --from=requirements /src/constraints.txt /src/runtime.txt ./
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/var/cache/pip \
-    docker/requirements.py pyproject.toml data attacks > requirements.txt \
-    && docker/pip.sh install -c constraints.txt -r requirements.txt
+    docker/pip.sh install -c constraints.txt -r runtime.txt
 
 FROM build AS wheel
-COPY LICENSE README.md ./
+COPY LICENSE README.md pyproject.toml ./
 COPY export export
 COPY runtime runtime
 COPY resq_deploy resq_deploy

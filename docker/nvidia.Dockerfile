@@ -32,24 +32,32 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv --system-site-packages /opt/resq
 WORKDIR /src
-ARG CONSTRAINTS=constraints.txt
-COPY docker/pip.sh docker/requirements.py docker/
-COPY constraints.txt pyproject.toml ./
+COPY docker/pip.sh docker/
 
-# TensorRT itself is the image's: the engine is tied to its version. pycuda is compiled against its CUDA.
+# Lists of what to install in a stage of their own: torch is installed again when its line changes, not with the code.
+# TensorRT itself is the image's: an engine is tied to its version.
+FROM build AS requirements
+ARG CONSTRAINTS=constraints.txt
+COPY docker/requirements.py docker/
+COPY constraints.txt pyproject.toml ./
+RUN docker/requirements.py pyproject.toml data attacks tensorrt > all.txt \
+    && grep -v '^tensorrt' all.txt > runtime.txt \
+    && docker/requirements.py pyproject.toml export tensorrt-rtx > export.txt \
+    && cat "$CONSTRAINTS" > pinned.txt
+
+# pycuda is compiled against the image's CUDA.
 FROM build AS runtime-dependencies
+COPY --from=requirements /src/pinned.txt /src/runtime.txt ./
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/var/cache/pip \
-    docker/requirements.py pyproject.toml data attacks tensorrt > all.txt \
-    && grep -v '^tensorrt' all.txt > requirements.txt \
-    && PATH="/usr/local/cuda/bin:$PATH" docker/pip.sh install -c "$CONSTRAINTS" -r requirements.txt
+    PATH="/usr/local/cuda/bin:$PATH" docker/pip.sh install -c pinned.txt -r runtime.txt
 
 FROM runtime-dependencies AS export-dependencies
+COPY --from=requirements /src/export.txt ./
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/var/cache/pip \
-    docker/requirements.py pyproject.toml export tensorrt-rtx > requirements.txt \
-    && docker/pip.sh install -c "$CONSTRAINTS" -r requirements.txt
+    docker/pip.sh install -c pinned.txt -r export.txt
 
 FROM build AS wheel
-COPY LICENSE README.md ./
+COPY LICENSE README.md pyproject.toml ./
 COPY export export
 COPY runtime runtime
 COPY resq_deploy resq_deploy
