@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resq_deploy.bundle import Bundle
+from resq_deploy.runtime.machine import cores
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.runner import Images, Runner, open_runner
-from resq_deploy.runtime.suffix import SuffixEngine
+from resq_deploy.runtime.suffix import MEMORY, SuffixEngine
 from resq_deploy.runtime.trials import PlainEngine, TrialEngine
 
 
@@ -25,13 +26,15 @@ class OpenEngine:
         """The engine, on this many threads where the backend has threads."""
         options = {**self.options, "threads": threads} if self.backend == "ort" else self.options
         bundle = Bundle.open(self.bundle, verify=False)
-        return engine_of(open_runner(bundle, self.backend, **options), self.images)
+        share = MEMORY * threads // cores()  # workers share what golden tensors may take
+        return engine_of(open_runner(bundle, self.backend, **options), self.images, max(share, 1))
 
 
-def engine_of(runner: Runner, images: Images) -> TrialEngine:
-    """The fastest engine of this runner whose logits are those of full runs, bit for bit."""
-    return (
-        SuffixEngine(runner, images)
-        if isinstance(runner, OrtRunner)
-        else PlainEngine(runner, images)
-    )
+def engine_of(runner: Runner, images: Images, memory: int = MEMORY) -> TrialEngine:
+    """The fastest engine of this runner whose logits are those of full runs, bit for bit.
+
+    `memory`: bytes that it may keep golden tensors in.
+    """
+    if isinstance(runner, OrtRunner):
+        return SuffixEngine(runner, images, memory=memory)
+    return PlainEngine(runner, images)

@@ -42,7 +42,9 @@ def replay_trial(
             raise CampaignError(f"{opened.path} is not the bundle that {place} belongs to")
         model, images = _subject(name, settings, opened)
         with open_runner(opened, settings.backend) as runner:
-            space = runner.space.select(settings.where, settings.layers, settings.bits)
+            space = runner.space
+            if model.length is None:
+                space = space.select(settings.where, settings.layers, settings.bits)
             job = Job(model, space, settings.seed, images.labels)
             log = book.campaign(name, book.campaigns()[name])
             return journal.replay(log, engine_of(runner, images.images), job, trial)

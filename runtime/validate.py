@@ -28,7 +28,7 @@ from resq_deploy.runtime.images import labelled, sample_digest
 from resq_deploy.runtime.journal import Journal
 from resq_deploy.runtime.runner import Runner, open_runner
 from resq_deploy.runtime.settings import Settings
-from resq_deploy.runtime.trials import Job
+from resq_deploy.runtime.trials import Job, digest
 from resq_deploy.runtime.workers import open_pool
 from resq_deploy.statistics import wilson
 
@@ -121,6 +121,10 @@ class Validation:
             self.settings.where, self.settings.layers, self.settings.bits
         )
 
+    def _space(self, model: FaultModel) -> FaultSpace:
+        """A fault list names its addresses; other models draw from the part that was asked for."""
+        return self.runner.space if model.length is not None else self.space
+
     def golden(self) -> None:
         """Run the whole sample without faults."""
         right = int((self._run("golden run", self.sample) == self.sample.labels).sum())
@@ -158,20 +162,23 @@ class Validation:
             self.settings.confidence,
             self.settings.max_trials,
         )
-        space = self.space
-        for model in self.models:
-            model.check(space)
-            rule.limit(Job(model, space, self.settings.seed, few.labels))
-        pool = open_pool(factory, self.workers, reporter=self.reporter)
+        jobs = [Job(m, self._space(m), self.settings.seed, few.labels) for m in self.models]
+        for job in jobs:
+            job.model.check(job.space)
+            rule.limit(job)
+        # one process holds a GPU; on the CPU it is measured which number is fastest
+        workers = self.workers if self.settings.backend == "ort" else 1
+        pool = open_pool(factory, workers, reporter=self.reporter)
         with closing(pool), self._journal() as journal:
-            for model in self.models:
-                job = Job(model, space, self.settings.seed, few.labels)
-                key, identity = campaign_key(model.name, on), self._identity(few)
+            identity = {**self._identity(few), "golden": digest(pool.golden())}
+            for job in jobs:
+                key = campaign_key(job.model.name, on)
                 log = journal.campaign(key, identity) if journal else None
                 found = run_campaign(
                     pool, job, rule=rule, log=log, where=self._where(), reporter=self.reporter
                 )
-                self._keep(evidence.campaign(found, on), evidence.campaign_names(model.name, on))
+                names = evidence.campaign_names(job.model.name, on)
+                self._keep(evidence.campaign(found, on), names)
 
     def report(self, wanted: Iterable[requirements.Expression], command: Sequence[str]) -> Report:
         """What was found, with the verdict on each requirement."""

@@ -13,6 +13,7 @@ from resq_deploy import console
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import AttackError, CampaignError, FaultError, RequirementError
 from resq_deploy.fault_models import parse
+from resq_deploy.memory import fault_space
 from resq_deploy.report.model import Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.cli import command
@@ -100,6 +101,16 @@ def test_an_unknown_figure_is_said_before_anything_is_made(bundle: Bundle, tmp_p
     with pytest.raises(RequirementError, match="accuracy@ber=1e-3"):
         validate_bundle(bundle, FEW, output=tmp_path / "r", require=["acuracy@ber=1e-3 > 0.5"])
     assert not (tmp_path / "r").exists()
+
+
+def test_a_fault_list_reaches_all_of_weight_memory(bundle: Bundle, tmp_path: Path) -> None:
+    bias = next(m for m in fault_space(bundle.int8).memories if m.kind == "bias")
+    line = {"tensor": bias.name, "element": 0, "bit": 30}
+    (tmp_path / "list.jsonl").write_text(json.dumps(line) + "\n")
+    only = Settings(ber=(), faults=(), fault_list=str(tmp_path / "list.jsonl"), attacks=())
+    report = validate_bundle(bundle, only, output=tmp_path / "r", workers=1)
+    assert [(c.trials, c.flips, c.unreachable) for c in report.campaigns] == [(1, 1, 0)]
+    assert replay_trial(tmp_path / "r", 0).same
 
 
 def test_rates_are_written_as_people_do() -> None:
