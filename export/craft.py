@@ -9,8 +9,8 @@ All are bounded in pixel space, in L-inf or L2, and keep of every image the iter
 (largest other logit - true logit): a point just past the boundary on the twin need not be past it on a device that
 rounds once less. Restarts and targets work on the images that still stand.
 
-These four share one projection and one loop, and stay on the module's device; the toolbox's PGD goes through numpy
-at every step and its Auto-PGD steps image by image. Black-box attacks are the toolbox's (runtime/attacks.py).
+Written here because the toolbox draws from global state, keeps the last iterate, and its Auto-PGD goes through numpy
+at every step. Black-box attacks are in runtime/blackbox.py.
 """
 
 from __future__ import annotations
