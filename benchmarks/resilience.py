@@ -288,7 +288,7 @@ def page(
         f"Data: {setup.data}. Seeds: {', '.join(map(str, setup.seeds))}. Machine: {machine()}.",
         "",
         "Every figure is of the deployed INT8 bundle on ONNX Runtime, in percent: the mean over seeds, with a 95%",
-        "interval (Student's t).",
+        "interval (Student's t); a figure without an interval is of one seed.",
         "",
         "* clean: all test images.",
         f"* PGD-20, APGD: {setup.attacked} test images, L-inf 8/255, crafted for each bundle through its own",
@@ -323,8 +323,14 @@ def page(
 
 
 def command() -> str:
-    """The command line, as it can be typed again at the repository's root."""
-    return " ".join(["python benchmarks/resilience.py", *map(shlex.quote, sys.argv[1:])])
+    """The command line, as it can be typed again at the repository's root, without the places of this machine."""
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        local = word.partition("=")[0] in ("--work", "--results", "--threads")
+        if not local and not skip:
+            kept.append(shlex.quote(word))
+        skip = local and "=" not in word
+    return " ".join(["python benchmarks/resilience.py", *kept])
 
 
 def cell(figure: Sequence[float]) -> str:
