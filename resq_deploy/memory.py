@@ -21,7 +21,7 @@ def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
     """Every parameter of a QDQ INT8 graph as a FaultSpace, in graph order.
 
     INT8 codes behind a DequantizeLinear are `weights`; scales and zero points of Q/DQ are `scales` and
-    `zero-points`; the bias of Conv or Gemm, and the one-dimensional addend of a MatMul, is `bias`; any
+    `zero-points`; the bias of Conv or Gemm, and an addend of one value per channel, is `bias`; any
     other float parameter is `float`. Integer constants that only describe shapes are no weight memory.
     Raises ModelError where the graph has no INT8 weights.
     """
@@ -65,7 +65,10 @@ def _kind(node: onnx.NodeProto, position: int, tensor: onnx.TensorProto) -> Kind
         return "weights" if tensor.data_type == onnx.TensorProto.INT8 else "float"
     if _BIASED.get(node.op_type) == position:
         return "bias"
-    return "bias" if node.op_type == "Add" and len(tensor.dims) == 1 else "float"
+    one_channelwise = (
+        sum(size > 1 for size in tensor.dims) <= 1
+    )  # [C], or [1, C, 1, 1] behind a Conv
+    return "bias" if node.op_type == "Add" and one_channelwise else "float"
 
 
 def _layer(node: onnx.NodeProto, consumers: Mapping[str, list[onnx.NodeProto]]) -> str:
