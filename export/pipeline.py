@@ -31,8 +31,9 @@ from resq_deploy.errors import BackendError
 from resq_deploy.export import describe, graph, halves, qdq, rules, samples
 from resq_deploy.export.adjust import DESIGN_BER
 from resq_deploy.export.adjust import adjust as stage3
+from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
-from resq_deploy.export.craft import craft, parameters_of, white_box
+from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
 from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
@@ -186,6 +187,7 @@ def _quantized(
             reporter=reporter,
         )
         int8, source, ranges, record = found.model, found.fp32, found.ranges, found.record
+    int8 = snap_biases(int8)
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)
     return _Quantized(plan, ranges, source, int8, deployed, record)
@@ -244,6 +246,7 @@ def _attacks(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
     twin = Twin(int8).eval()
+    flat = zero_gradients(twin, sample) if attacks else 0.0
     for name in map(white_box, attacks):
         images = craft(twin, sample, name, eps, seed=seed, reporter=reporter)
         _save_sample(writer, f"attacks/{name}.npz", Sample(images, sample.labels, sample.indices))
@@ -260,6 +263,7 @@ def _attacks(
                 "transfer": {
                     "int8": describe.attack_success(int8, sample, images),
                     "fp32": describe.attack_success(fp32, sample, images),
+                    "zero_gradients": flat,
                 },
             },
         )

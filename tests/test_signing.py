@@ -151,6 +151,7 @@ def _der() -> bytes:
         (_elliptic(), "not an Ed25519 key"),
         (_der(), "not a public key"),
     ],
+    ids=["missing", "empty", "no key in it", "large", "another algorithm", "not text"],
 )
 def test_what_is_no_public_key_is_refused(
     signed: tuple[Path, Path], tmp_path: Path, content: bytes | None, says: str
