@@ -2,6 +2,7 @@
 # Build the CPU images and run them on a mounted folder, as another user: what docker/README.md promises.
 # Says why and ends with 0 where no Docker engine runs; with 1 there if RESQ_DOCKER=required.
 #
+#   DOCKER      the client (default: docker)
 #   BASE        base image (default: the Dockerfile's; made from Debian's packages where it cannot be pulled)
 #   CA          file of certificates for the build (default: SSL_CERT_FILE, else the system's)
 #   PIP_CONF    a pip.conf for the build (default: none)
@@ -24,6 +25,11 @@ fail() {
 docker=${DOCKER:-docker}
 command -v "$docker" >/dev/null 2>&1 || give_up "there is no docker command"
 reason=$("$docker" info 2>&1 >/dev/null) || give_up "no Docker engine answers: $(echo "$reason" | head -n 1)"
+
+major=$("$docker" --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')
+if [ "$major" -ge 23 ] && ! "$docker" buildx version >/dev/null 2>&1; then
+    give_up "$docker $major has no BuildKit: install docker-buildx, or name another client by DOCKER="
+fi
 
 dockerfile=docker/cpu.Dockerfile
 default=$(sed -n 's/^ARG BASE=//p' $dockerfile)

@@ -145,3 +145,11 @@ def test_without_an_engine_it_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     assert "no Docker engine answers: Cannot connect to the Docker daemon" in done.stderr
     monkeypatch.setenv("RESQ_DOCKER", "required")
     assert docker_test(path).returncode == 1
+
+
+def test_without_buildkit_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RESQ_DOCKER", raising=False)
+    docker = 'case "$1" in info) ;; --version) echo "Docker version 28.2.2, build x" ;; *) exit 1 ;; esac'
+    done = docker_test(tools(tmp_path, docker))
+    assert done.returncode == 0
+    assert "docker 28 has no BuildKit" in done.stderr
