@@ -104,7 +104,7 @@ def replay_commands(report: Report) -> list[str]:
 
 
 def _shell(line: Any) -> str:
-    return line if isinstance(line, str) else shlex.join(map(str, line))
+    return shlex.join(map(str, line)) if isinstance(line, list | tuple) else str(line)
 
 
 def _commands(report: Report) -> Child:

@@ -6,11 +6,14 @@ Figures are named as requirements name them: `accuracy`, `accuracy@ber=1e-4`, `s
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_VERSION = 1
+
+
+Share = Annotated[float, Field(ge=-1e-9, le=1 + 1e-9)]  # in [0, 1], but for what rounding adds
 
 
 class Strict(BaseModel):
@@ -25,9 +28,9 @@ class Figure(Strict):
     `n`: what was counted (images, trials); `method`: how the interval is made.
     """
 
-    mean: float
-    low: float
-    high: float
+    mean: Share
+    low: Share
+    high: Share
     confidence: float = Field(gt=0.0, lt=1.0)
     method: str
     n: int = Field(ge=0)
@@ -63,7 +66,7 @@ class Campaign(Strict):
     flips: int
     unreachable: int = 0
     accuracy: Figure
-    accuracy_quantiles: dict[str, float]
+    accuracy_quantiles: dict[str, Share]
     masked: Figure
     sdc1: Figure
     sdc5: Figure
@@ -84,7 +87,7 @@ class AttackResult(Strict):
     name: str
     attack: str
     norm: str
-    eps: float
+    eps: float = Field(ge=0.0, le=1e6)
     crafted_through: str
     robust: Figure
     success: Figure
@@ -101,11 +104,11 @@ class Requirement(Strict):
 
     expression: str
     figure: str
-    value: float
+    value: Share
     met: bool
     compared: Literal["mean", "low", "high"] = "mean"
     operator: Literal[">=", "<=", ">", "<"] = ">="
-    threshold: float | None = None
+    threshold: Share | None = None
     measured: Figure | None = None
     certain: bool = True
 

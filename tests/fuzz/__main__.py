@@ -19,6 +19,7 @@ from typing import Any
 
 NAMES = ("manifest", "fault-list", "npz", "onnx", "plan-map", "report", "requirement", "signature")
 
+_PROGRESS = re.compile(r"#\d+\s+(NEW|REDUCE|pulse|INITED|RELOAD)")
 _MEMORY = Path("/dev/shm")  # inputs are files: a disk would be what is measured
 
 
@@ -85,7 +86,8 @@ def launch(name: str, runs: int, seed: int) -> dict[str, Any]:
     covered = re.findall(r"cov: (\d+)", said)
     failed = done.returncode != 0
     if failed:
-        print(said[-4000:], file=sys.stderr)
+        lines = [x for x in said.splitlines() if not _PROGRESS.match(x)]
+        print("\n".join(lines[-60:]), file=sys.stderr)
     return {
         "target": name,
         "inputs": int(units[1]) if units else 0,

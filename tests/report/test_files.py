@@ -47,6 +47,21 @@ def test_json_follows_its_schema() -> None:
     jsonschema.Draft202012Validator(Report.model_json_schema()).validate(raw)
 
 
+@pytest.mark.parametrize("mean", [-0.1, 1.1, 1e308])
+def test_a_share_outside_0_and_1_is_no_report(tmp_path: Path, mean: float) -> None:
+    raw = json.loads(files.faces(example.report())["report.json"])
+    raw["figures"]["accuracy"]["mean"] = mean
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    with pytest.raises(ReportError, match=r"figures\.accuracy\.mean"):
+        read_report(tmp_path)
+
+
+def test_rounding_is_no_reason_to_lose_a_report() -> None:
+    figure = example.figure(0.5).model_copy(update={"mean": 1 + 2**-52, "high": 1 + 2**-52})
+    raw = example.report((), accuracy=figure).model_dump_json()
+    assert "100.0%" in files.faces(Report.model_validate_json(raw))["report.html"]
+
+
 def test_tables_hold_every_row() -> None:
     report = example.report()
     faces = files.faces(report)
