@@ -39,14 +39,16 @@ EPS = 8 / 255
 _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
 _MOST_HELD_OUT = 512
-_WORK = 2.5e13  # multiply-accumulates that distillation may take: minutes on two cores
+_WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
+_ELEMENT = 100  # multiply-accumulates that take as long as one element of an activation
 _STEPS = (40, 240)
 _TAUGHT_BER = (
     1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
 )
 _CLEAN_POWER = 0.6  # weight of the golden pass: (taught BER / design BER) ** 0.6
 _SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
-_HEAVY = 1e8  # multiply-accumulates per image: above, attacks are made for fewer images
+_HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
+_PART = 16  # ... so many images go through a network with gradients at once
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
 
 
@@ -128,14 +130,16 @@ class _Stage:
         kept = min(round(len(images) * _HELD_OUT), _MOST_HELD_OUT)
         self.learn, held_out = images[order[kept:]], images[order[:kept]]
         self.work = work_per_image(fp32)
+        self.heavy = self.work > _HEAVY
         self.guard = Guard(
             held_out,
             logits_of(fp32, held_out, threads),
             tuple(sorted({ber, max(ber, min(3 * ber, _TAUGHT_BER))})),
             eps,
-            attacked=min(len(held_out), 64 if self.work > _HEAVY else 128),
+            attacked=min(len(held_out), 64 if self.heavy else 128),
             seed=seed,
             threads=threads,
+            part=_PART if self.heavy else 128,
         )
         self.eps, self.half_scales = eps, half_scales
         self._adversarial: Images | None = None
@@ -197,7 +201,9 @@ class _Stage:
     def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         low, high = _STEPS
         taught = max(self.ber, _TAUGHT_BER)
-        recipe = Recipe(ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER)
+        recipe = Recipe(
+            ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER, part=_PART if self.heavy else 64
+        )
         fitting = int(_WORK / (self.work * recipe.batch * _PASSES))
         recipe = replace(recipe, steps=min(max(fitting, low), high))
         images = np.concatenate([self.learn, self._attacked()])
@@ -222,12 +228,19 @@ class _Stage:
     def _attacked(self) -> Images:
         """Adversarial versions of some of the images to learn from, made once, through FP32."""
         if self._adversarial is None:
-            count = min(len(self.learn), 64 if self.work > _HEAVY else 512)
+            count = min(len(self.learn), 64 if self.heavy else 512)
             images = self.learn[:count]
             labels = top1(logits_of(self.fp32, images, self.threads))
             sample = Sample(images, labels, np.arange(count))
             self._adversarial = craft(
-                self.teacher, sample, "pgd", self.eps, steps=5, seed=self.seed, reporter=self.say
+                self.teacher,
+                sample,
+                "pgd",
+                self.eps,
+                steps=5,
+                batch=_PART if self.heavy else 128,
+                seed=self.seed,
+                reporter=self.say,
             )
         return self._adversarial
 
@@ -256,10 +269,16 @@ def logits_of(fp32: onnx.ModelProto, images: Images, threads: int | None) -> NDA
 
 
 def work_per_image(fp32: onnx.ModelProto) -> float:
-    """Multiply-accumulates of the layers with weights for one image."""
+    """Cost of one image in multiply-accumulates.
+
+    Those of the layers with weights, and 100 for each element of an activation: what depthwise
+    convolutions, norms and gates wait for is memory.
+    """
     shapes, arrays = fold.shapes(fp32), fold.initializers(fp32.graph)
     total = 0.0
     for node in fp32.graph.node:
+        for name in node.output:
+            total += _ELEMENT * float(np.prod([d or 1 for d in shapes.get(name, (0, 0))[1:]]))
         if node.op_type not in rules.WEIGHTED or node.input[1] not in arrays:
             continue
         weight = arrays[node.input[1]].dims

@@ -41,7 +41,7 @@ _TRIED = _CHOOSE | {
     "percentile-99.9": partial(methods.percentile, percent=99.9),
     "percentile-99": partial(methods.percentile, percent=99.0),
 }
-_JUDGES = 64  # images that candidates are tried on
+_JUDGES = 48  # images that candidates are tried on, and as many adversarial ones
 _CHUNK_BYTES = 192 * 2**20  # of activations that one run of the graph may hand back
 
 

@@ -36,7 +36,8 @@ Images = NDArray[np.float32]
 class Recipe:
     """How to distill: `ber` of the flipped pass, `rate` of Adam in units of the float weights and biases.
 
-    `clean`: weight of the golden pass; `mixing`: the largest share of a second image mixed into each.
+    `clean`: weight of the golden pass; `mixing`: the largest share of a second image mixed into each;
+    `part`: images that go through the twin at once, which bounds memory and only orders sums.
     """
 
     ber: float
@@ -45,6 +46,7 @@ class Recipe:
     rate: float = 1e-3
     clean: float = 1.0
     mixing: float = 0.5
+    part: int = 64
 
 
 def distill(
@@ -72,9 +74,9 @@ def distill(
             with torch.no_grad():
                 target = teacher(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss = _learn(twin, batch, target, recipe.clean)
+            loss = _learn(twin, batch, target, recipe.part, recipe.clean)
             with twin.flipped(draw(weights, recipe.ber, rng)):
-                loss += _learn(twin, batch, target)
+                loss += _learn(twin, batch, target, recipe.part)
             optimizer.step()
             task.note(f"KL {loss:.4f}")
             task.advance(1)
@@ -107,10 +109,16 @@ def draw(space: FaultSpace, ber: float, rng: np.random.Generator) -> Flips:
     return space.flips(np.unique(rng.integers(0, space.size, count)))
 
 
-def _learn(twin: Twin, batch: Tensor, target: Tensor, weight: float = 1.0) -> float:
-    loss = weight * divergence(twin(batch), target)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+def _learn(twin: Twin, batch: Tensor, target: Tensor, part: int, weight: float = 1.0) -> float:
+    """Add the gradient of the weighted divergence; returns the loss."""
+    total = 0.0
+    for start in range(0, len(batch), part):
+        here = slice(start, start + part)
+        share = weight * len(batch[here]) / len(batch)
+        loss = share * divergence(twin(batch[here]), target[here])
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
 
 
 def _groups(twin: Twin, space: FaultSpace, rate: float) -> list[dict[str, Any]]:

@@ -68,7 +68,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Guard:
-    """Held-out images with FP32's logits for them, and how to measure; trials take the `bers` in turn."""
+    """Held-out images with FP32's logits for them, and how to measure; trials take the `bers` in turn.
+
+    `part`: images that are attacked at once.
+    """
 
     images: Images
     reference: NDArray[np.float32]
@@ -79,6 +82,7 @@ class Guard:
     steps: int = 10
     seed: int = 0
     threads: int | None = None
+    part: int = 128
 
     def measure(self, model: onnx.ModelProto) -> Scores:
         """Scores of an INT8 graph, run as it is deployed; the attack goes through its twin."""
@@ -106,7 +110,9 @@ class Guard:
     def _attack(self, model: onnx.ModelProto) -> Images:
         count = min(self.attacked, len(self.images))
         sample = Sample(self.images[:count], top1(self.reference[:count]), np.arange(count))
-        return craft(Twin(model), sample, "pgd", self.eps, steps=self.steps, seed=self.seed)
+        return craft(
+            Twin(model), sample, "pgd", self.eps, steps=self.steps, batch=self.part, seed=self.seed
+        )
 
 
 def value(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Values:

@@ -28,6 +28,7 @@ Images = NDArray[np.float32]
 Scales = dict[str, float]
 
 GOOD_ENOUGH = 5e-4  # nats: below, not one image in a thousand changes its top-1
+TRIES = 64  # runs of the sample after the uniform ones; tensors with the widest choice come first
 _BETTER = 0.98  # of the divergence: what another candidate must reach
 _ALIKE = 1.03  # candidates whose scales are nearer than this are one
 
@@ -52,10 +53,13 @@ def search(
     uniform = {m: trial.divergence({t: candidates[t][m] for t in candidates}) for m in methods}
     best = min(methods, key=lambda m: uniform[m])
     chosen, least = dict.fromkeys(candidates, best), uniform[best]
-    say = reporter or Reporter()
+    say, left = reporter or Reporter(), TRIES
+    order = sorted(candidates, key=lambda t: -_spread(candidates[t]))
     with say.task("choosing ranges", len(candidates), "tensors") as task:
-        for name in candidates:
-            for method in _others(candidates[name], chosen[name]) if least > GOOD_ENOUGH else ():
+        for name in order:
+            others = _others(candidates[name], chosen[name]) if least > GOOD_ENOUGH else []
+            for method in others[:left]:
+                left -= 1
                 scales = {t: candidates[t][chosen[t]] for t in candidates}
                 found = trial.divergence(scales | {name: candidates[name][method]})
                 if found < least * _BETTER:
@@ -63,6 +67,10 @@ def search(
             task.note(f"KL {least:.5f}")
             task.advance(1)
     return chosen
+
+
+def _spread(scales: Mapping[str, float]) -> float:
+    return max(scales.values()) / min(scales.values())
 
 
 def _others(scales: Mapping[str, float], chosen: str) -> list[str]:

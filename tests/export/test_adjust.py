@@ -257,7 +257,17 @@ def test_one_image_of_few_is_not_yet_a_loss() -> None:
     assert objections(second, first)
 
 
-def test_work_counts_the_multiplications() -> None:
+def test_work_counts_multiplications_and_elements() -> None:
     side = nets.SIDE**2
     convs = side * (16 * 9 + 16 * 16 * 9 + 32 * 16 * 9 + 32 * 16)
-    assert work_per_image(nets.residual()) == convs + 32 * nets.CLASSES
+    elements = side * (16 + 16 + 16 + 16 + 32 + 32 + 32 + 32) + 32 + 32 + nets.CLASSES
+    assert work_per_image(nets.residual()) == convs + 32 * nets.CLASSES + 100 * elements
+
+
+def test_parts_of_a_batch_learn_what_the_whole_batch_does() -> None:
+    fp32, int8, _ = plain()
+    recipe = Recipe(ber=BER, steps=3, batch=24)
+    whole = nets.arrays(distill(int8, Twin(fp32), IMAGES, recipe))
+    parts = nets.arrays(distill(int8, Twin(fp32), IMAGES, replace(recipe, part=7)))
+    for name in ("conv1.bias", "fc.bias"):
+        np.testing.assert_allclose(parts[name], whole[name], atol=2e-4)
