@@ -21,10 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# one thread: so small a network gains nothing from more, and stalls on a busy machine
 demo: $(STAMP) ## Harden, export and validate a small network; ends with the path of the report.
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/resq-harden resnet8 --data digits -o $(DEMO)/model.pt
-	$(BIN)/resq-export $(DEMO)/model.pt -o $(DEMO)/model.resq
+	OMP_NUM_THREADS=1 $(BIN)/resq-harden resnet8 --data digits --threads 1 -o $(DEMO)/model.pt
+	OMP_NUM_THREADS=1 $(BIN)/resq-export $(DEMO)/model.pt -o $(DEMO)/model.resq
 	$(BIN)/resq-validate $(DEMO)/model.resq -o $(DEMO)/report \
 	    --require 'accuracy >= 0.9' --require 'accuracy@ber=1e-4 >= 0.9'
 	@echo "The report: $(abspath $(DEMO)/report/report.html)"

@@ -22,9 +22,8 @@ HALVES = {"export", "runtime"}
 
 def _modules() -> dict[str, Path]:
     found = {}
-    for path in sorted(ROOT.glob("resq_deploy/**/*.py")) + [
-        p for h in HALVES for p in (ROOT / h).rglob("*.py")
-    ]:
+    halves = [path for half in HALVES for path in (ROOT / half).rglob("*.py")]
+    for path in sorted([*ROOT.glob("resq_deploy/**/*.py"), *halves]):
         relative = path.relative_to(ROOT)
         if relative.parts[0] in HALVES:
             relative = Path("resq_deploy") / relative
