@@ -32,6 +32,7 @@ from resq_deploy.runtime.trials import Job, PlainEngine, Row
 from resq_deploy.runtime.workers import open_pool
 
 IMAGES = 32
+TRIAL_SECONDS = 0.004
 RULE = Rule(margin=0.02, max_trials=3000)
 
 
@@ -39,7 +40,7 @@ class Slow(PlainEngine):
     """A trial takes a few milliseconds, so that a kill falls into one."""
 
     def run(self, flips: Flips) -> Logits:
-        time.sleep(0.004)
+        time.sleep(TRIAL_SECONDS)
         return super().run(flips)
 
 
@@ -104,13 +105,14 @@ def kill_often(kills: int, workers: int, seed: int = 0) -> dict[str, Any]:
     """Kill so many times, then let it end."""
     chance = random.Random(seed)
     alone = run_campaign(Inline(Opens(slow=False)(1)), job(), rule=RULE)
+    # all waits together are shorter than the campaign, so that no kill comes after its end
+    longest = 0.8 * alone.trials * TRIAL_SECONDS / max(workers, 1) / kills
     lost = changed = done = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.sqlite"
         before: dict[int, Row] = {}
         for _ in range(kills):
-            # now and then the campaign would be through before the kill: short waits for the rest of it
-            said, ended = kill_once(path, workers, chance.uniform(0, 8.0 / kills))
+            said, ended = kill_once(path, workers, chance.uniform(0, longest))
             after = kept(path)
             done += ended
             lost += len((said | set(before)) - set(after))
