@@ -161,7 +161,12 @@ def test_the_same_images_in_other_batches_give_the_same_ranges(sizes: Sequence[i
     parts = np.split(whole, np.cumsum(sizes)[:-1])
     one = calibrate(network(), ["relu"], [whole])["relu"]
     many = calibrate(network(), ["relu"], parts)["relu"]
-    assert (one.low, one.high, one.scale, one.method) == (many.low, many.high, many.scale, many.method)
+    assert (one.low, one.high, one.scale, one.method) == (
+        many.low,
+        many.high,
+        many.scale,
+        many.method,
+    )
 
 
 def test_adversarial_images_are_seen_too() -> None:
