@@ -40,8 +40,8 @@ def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """A graph with all its tensors inside the file.
 
     Raises IntegrityError for a file that is no ONNX graph, is over 2 GiB, has a tensor whose size is not what its
-    shape says, or refers to another file: a tensor with external data (the engine would open whatever path stands
-    there), or an operator that loads a compiled context.
+    shape says, has a node without an output, or refers to another file: a tensor with external data (the engine
+    would open whatever path stands there), or an operator that loads a compiled context.
     """
     file = Path(path)
     try:
@@ -66,6 +66,8 @@ def _wrong(message: Message) -> Iterator[str]:
         elif not _is_whole(message):
             yield f"has a tensor {message.name[:80]!r} that is not what its shape says"
         return
+    if isinstance(message, onnx.NodeProto) and not message.output:
+        yield f"has a node {message.name[:80]!r} without an output"
     if isinstance(message, onnx.NodeProto) and message.op_type in _FILE_OPS:
         yield f"refers to another file, in operator {message.op_type}"
     for field, value in message.ListFields():

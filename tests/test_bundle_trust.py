@@ -262,6 +262,14 @@ def test_an_external_location_without_its_flag_is_refused(tmp_path: Path) -> Non
         read_onnx(tmp_path / "m.onnx")
 
 
+def test_a_node_without_an_output_is_refused(tmp_path: Path) -> None:
+    node = onnx.NodeProto(op_type="DequantizeLinear", name="dq", input=["w", "s", "z"])
+    model = onnx.ModelProto(graph=onnx.GraphProto(node=[node]))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(IntegrityError, match="node 'dq' without an output"):
+        read_onnx(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("content", [b"\x08", b"not a graph at all", b"\xff" * 100])
 def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
