@@ -45,6 +45,13 @@ unit: $(STAMP) ## The tests.
 package: $(STAMP) ## sdist -> wheel -> a bare environment: every module imports, every command answers.
 	$(BIN)/python -m tests.packaging
 
+docs: $(STAMP) ## The documentation site, into build/site; no warnings.
+	$(BIN)/python -m mkdocs build --strict
+
+fuzz: $(STAMP) ## 100,000 mutated inputs for every reader of outside data; takes minutes.
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz
+
 docker-test: ## Build the CPU images and run an export in a container, where a Docker engine runs.
 	docker/test.sh
 

@@ -11,6 +11,7 @@
         MissingExtra          ... because an optional dependency is not installed
       CampaignError           a campaign that cannot run, or a journal that belongs to another one
       RequirementError        a `--require` expression that cannot be read
+      ReportError             a report that cannot be read or written (report/files.py)
 
 A requirement that was read and not met is a result, not an error. Anything that is not a ResqError is a bug of ours.
 """

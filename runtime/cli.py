@@ -84,6 +84,9 @@ Examples:
     type=click.Path(path_type=Path),
     help="Report folder.  [default: BUNDLE's name + .report]",
 )
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="Public key: refuse an unsigned bundle."
+)
 @click.option("--force", is_flag=True, help="Replace an earlier report.")
 @console.common_options
 def command(
@@ -100,7 +103,11 @@ def command(
     report = validate_bundle(
         bundle,
         s.from_text(
-            **{k: v for k, v in given.items() if k not in ("output", "resume", "force", "workers")}
+            **{
+                k: v
+                for k, v in given.items()
+                if k not in ("output", "resume", "force", "workers", "key")
+            }
         ),
         output=given["output"] or s.report_folder(bundle),
         require=require,
@@ -109,6 +116,7 @@ def command(
         force=given["force"],
         reporter=console.Reporter(quiet=quiet),
         command=("resq-validate", *sys.argv[1:]),
+        key=given["key"],
     )
     if as_json:
         console.print_json(report.model_dump(mode="json"))

@@ -48,16 +48,18 @@ def validate_bundle(
     force: bool = False,
     reporter: Reporter | None = None,
     command: Sequence[str] = (),
+    key: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Flip bits in a deployed bundle and attack it; return the report, and write it to the folder `output`.
 
     Everything is checked before the first run: the bundle's hashes, the settings, the names in
-    `require`. Finished trials are kept in `output` as they come; `resume` goes on with them. Raises a
+    `require`. Finished trials are kept in `output` as they come; `resume` goes on with them.
+    `key`: a public key; the signature of a bundle given by its path is checked with it first. Raises a
     ResqError for bad input; a requirement that is not met is a result (`Report.met`), not an error.
     """
     asked = settings or Settings()
     wanted = requirements.parse_all(require)
-    bundle = source if isinstance(source, Bundle) else Bundle.open(source)
+    bundle = source if isinstance(source, Bundle) else Bundle.open(source, key=key)
     models = [parse(text) for text in asked.models]
     if asked.fault_list:
         models.append(read_fault_list(asked.fault_list))

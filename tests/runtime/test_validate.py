@@ -20,6 +20,7 @@ from resq_deploy.runtime.cli import command
 from resq_deploy.runtime.replay import replay_trial
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import JOURNAL, figure_names, validate_bundle
+from resq_deploy.signing import generate_key
 from tests.bundles import write_bundle
 
 FEW = Settings(ber=(1e-3,), faults=("seu",), trials=4)
@@ -198,3 +199,12 @@ def test_data_of_ones_own(bundle: Bundle, tmp_path: Path) -> None:
     report = validate_bundle(bundle, own, workers=1)
     assert report.data["images"] == 8
     assert report.accuracy.n == 8
+
+
+def test_an_unsigned_bundle_is_refused_where_a_key_is_given(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, public = generate_key(tmp_path / "release")
+    assert _run(bundle, tmp_path / "r", "--key", str(public)) == 2
+    assert "sign" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
