@@ -13,6 +13,12 @@ from rich.table import Table
 
 from resq_deploy.bundle import FP32, INT8, Bundle
 from resq_deploy.console import Reporter, common_options, print_json, run
+from resq_deploy.export.engine_flags import (
+    EPILOG,
+    add_to_bundle,
+    engine_options,
+    take_engine_options,
+)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -67,7 +73,10 @@ class _Recorded(click.Command):
 
 
 @click.command(
-    "resq-export", cls=_Recorded, context_settings={"help_option_names": ["-h", "--help"]}
+    "resq-export",
+    cls=_Recorded,
+    epilog=EPILOG,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
@@ -132,7 +141,8 @@ class _Recorded(click.Command):
 )
 @click.option("--eps", default="8/255", show_default=True, help="L-inf, in pixels of [0, 1].")
 @click.option("--attack-samples", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--force", is_flag=True, help="Overwrite the bundle.")
+@click.option("--force", is_flag=True, help="Overwrite the bundle, or a plan in it.")
+@engine_options
 @common_options
 @click.pass_context
 def export(
@@ -147,22 +157,26 @@ def export(
     """Turn MODEL.pt into an INT8 bundle that can be deployed and validated (RESQ stage III).
 
     MODEL: a checkpoint of resq-harden, a state_dict with --arch, a TorchScript archive, or a
-    torch.export .pt2.
+    torch.export .pt2. Or a bundle, to which the engines of --target are added.
     """
-    from resq_deploy.export.pipeline import export_model
-
-    bundle = export_model(
-        model,
-        arch_args=dict(arch_arg),
-        reporter=Reporter(quiet=quiet),
-        command=ctx.meta["resq_deploy.command"],
-        **options,
-    )
+    say, engine = Reporter(quiet=quiet), take_engine_options(options)
+    if model.is_dir():
+        bundle = add_to_bundle(ctx, model, engine, options, say)
+    else:
+        bundle = _export(
+            ctx, model, arch_args=dict(arch_arg), engine=engine, reporter=say, **options
+        )
     if as_json:
         print_json(summary(bundle))
     elif not quiet:
         show(bundle)
     return 0
+
+
+def _export(ctx: click.Context, model: Path, **options: Any) -> Bundle:
+    from resq_deploy.export.pipeline import export_model
+
+    return export_model(model, command=ctx.meta["resq_deploy.command"], **options)
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

@@ -10,19 +10,18 @@ import os
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError
+from resq_deploy.export.engine_options import Batch, EngineOptions, Request, read_cache
 from resq_deploy.export.engine_progress import progress
 from resq_deploy.manifest import Engine
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.plan import PlanMap, locate
 from resq_deploy.runtime.trtlib import TITLES, Log, library, no_gpu, plain, refusal
-
-Batch = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +38,6 @@ class EngineInfo:
     path: Path
     size: int
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    backend: str
-    batch: Batch
-    sm: tuple[str, ...]
-    workspace: int | None
-    timing_cache: Path | None
-    version_compatible: bool
-    hardware_compatible: bool
-    refit: bool
-    optimization_level: int | None
-    given: dict[str, Any] = field(default_factory=dict)
 
 
 def build_engine(
@@ -81,14 +66,12 @@ def build_engine(
     Raises MissingExtra (library not installed) or BackendError: no GPU where one is needed, an unknown
     SM, a node the parser refuses, an option the backend does not have, a file that cannot be written.
     """
-    options = _Options(
-        backend, batch, tuple(str(s) for s in sm), workspace,
-        Path(timing_cache) if timing_cache is not None else None,
-        version_compatible, hardware_compatible, refit, optimization_level,
-    )  # fmt: skip
-    _check(options)
+    options = EngineOptions(
+        workspace, timing_cache, version_compatible, hardware_compatible, refit, optimization_level
+    )
+    request = Request(backend, batch, tuple(str(s) for s in sm), options)
     module = library(backend)
-    builder = _Builder(module, options, Log(module), reporter or Reporter())
+    builder = _Builder(module, request, Log(module), reporter or Reporter())
     plan = builder.build(Path(onnx_path))
     _write(Path(out_path), plan)
     return EngineInfo(
@@ -122,10 +105,37 @@ def add_engine(
     say.log(
         f"{path.name}: {info.size / 2**20:.1f} MiB, {found.coverage:.2%} of the weights located"
     )
-    for tensor, lost in found.unlocated.items():
-        say.warn(f"{path.name}: {tensor} was not located, {lost.reason}; no fault reaches it there")
-    entry = {"backend": backend, "version": info.version, "built_for": info.built_for}
-    return chosen, Engine.model_validate({**entry, "coverage": found.coverage})
+    unlocated = {tensor: missing.reason for tensor, missing in found.unlocated.items()}
+    for tensor, reason in unlocated.items():
+        say.warn(f"{path.name}: {tensor} was not located, {reason}; no fault reaches it there")
+    return chosen, Engine(
+        backend="tensorrt" if backend == "tensorrt" else "tensorrt-rtx",
+        version=info.version,
+        built_for=info.built_for,
+        coverage=found.coverage,
+        unlocated=unlocated,
+    )
+
+
+def add_requested(
+    folder: str | os.PathLike[str],
+    onnx_path: str | os.PathLike[str],
+    wanted: Sequence[Request],
+    reporter: Reporter | None = None,
+) -> dict[str, Engine]:
+    """`add_engine` for each request, named after its backend: the manifest's new entries."""
+    return dict(
+        add_engine(
+            folder,
+            onnx_path,
+            backend=request.backend,
+            batch=request.batch,
+            sm=request.sm,
+            reporter=reporter,
+            **request.options.given,
+        )
+        for request in wanted
+    )
 
 
 def map_engine(plan: str | os.PathLike[str], onnx_path: str | os.PathLike[str]) -> PlanMap:
@@ -137,14 +147,15 @@ def map_engine(plan: str | os.PathLike[str], onnx_path: str | os.PathLike[str]) 
 class _Builder:
     """One build: network, configuration, plan. The library's objects live as long as this."""
 
-    def __init__(self, module: Any, options: _Options, log: Log, reporter: Reporter) -> None:
-        self.trt, self.options, self.log, self.reporter = module, options, log, reporter
-        self.sm = _compute_capabilities(module, options)
+    def __init__(self, module: Any, request: Request, log: Log, reporter: Reporter) -> None:
+        self.trt, self.log, self.reporter = module, log, reporter
+        self.backend, self.options = request.backend, request.options
+        self.sm = request.capabilities(module)
         try:
             self.builder = module.Builder(log.logger)
         except TypeError as error:  # pybind11: the factory gave a null pointer
-            raise no_gpu(options.backend, "build an engine") from error
-        self.batch = options.batch
+            raise no_gpu(request.backend, "build an engine") from error
+        self.batch = request.batch
 
     def build(self, onnx_path: Path) -> bytes:
         network = self._parse(onnx_path)
@@ -162,17 +173,11 @@ class _Builder:
 
     def built_for(self) -> dict[str, Any]:
         """What the manifest says of the plan."""
-        o = self.options
-        target = {"sm": list(self.sm) or "default"} if o.backend == "tensorrt-rtx" else _this_gpu()
-        extra = {
-            "version_compatible": o.version_compatible,
-            "hardware_compatible": o.hardware_compatible,
-            "refit": o.refit,
-            "optimization_level": o.optimization_level,
-            "workspace": o.workspace,
-        }
+        target = (
+            {"sm": list(self.sm) or "default"} if self.backend == "tensorrt-rtx" else _this_gpu()
+        )
         machine = f"{platform.system().lower()}-{platform.machine()}"
-        chosen = {key: value for key, value in extra.items() if value}
+        chosen = {k: v for k, v in self.options.given.items() if k != "timing_cache"}
         return {**target, "batch": list(self.batch), "platform": machine, **chosen}
 
     def _parse(self, path: Path) -> Any:
@@ -184,7 +189,7 @@ class _Builder:
         self._parser = self.trt.OnnxParser(network, self.log.logger)
         if not self._parser.parse_from_file(os.fspath(path)):
             errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
-            raise parser_error(self.options.backend, path, errors)
+            raise parser_error(self.backend, path, errors)
         return network
 
     def _configure(self, config: Any) -> None:
@@ -204,8 +209,12 @@ class _Builder:
         if o.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if o.timing_cache is not None:
-            stored = o.timing_cache.read_bytes() if o.timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(stored), False)
+            cache = config.create_timing_cache(read_cache(Path(o.timing_cache)))
+            if cache is None or not config.set_timing_cache(cache, False):
+                raise BackendError(
+                    f"{o.timing_cache} is no timing cache of {TITLES[self.backend]} {trt.__version__} on this GPU",
+                    "delete it, or name another file",
+                )
 
     def _profile(self, network: Any, config: Any) -> None:
         profile = self.builder.create_optimization_profile()
@@ -227,16 +236,14 @@ class _Builder:
             config.add_optimization_profile(profile)
 
     def _refused(self, config: Any) -> BackendError:
-        error = refusal(
-            self.options.backend, self.trt.__version__, "build the engine", self.log.lines
-        )
+        error = refusal(self.backend, self.trt.__version__, "build the engine", self.log.lines)
         if "is not supported" in error.message and "Turing" in error.message:
             return BackendError(error.message, "leave SM 75 out, or use --high-precision fp16")
         return error
 
     def _keep_timings(self, config: Any) -> None:
         if self.options.timing_cache is not None:
-            _write(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
+            _write(Path(self.options.timing_cache), bytes(config.get_timing_cache().serialize()))
 
 
 def parser_error(backend: str, path: Path, errors: Sequence[Any]) -> BackendError:
@@ -260,51 +267,6 @@ def parser_error(backend: str, path: Path, errors: Sequence[Any]) -> BackendErro
         f"{TITLES[backend]} refuses node {node} ({first.node_operator()}): {reason}",
         "see docs/gpu.md for what TensorRT takes",
     )
-
-
-def _check(o: _Options) -> None:
-    if o.backend not in TITLES:
-        raise BackendError(f"unknown engine {o.backend!r}", f"one of: {', '.join(TITLES)}")
-    low, best, high = o.batch
-    if not 1 <= low <= best <= high:
-        raise BackendError(
-            f"a batch of {low}:{best}:{high}", "smallest:best:largest, such as 1:8:32"
-        )
-    if o.optimization_level is not None and not 0 <= o.optimization_level <= 5:
-        raise BackendError(f"optimization level {o.optimization_level}", "0 to 5")
-    if o.workspace is not None and o.workspace < 1:
-        raise BackendError(f"a workspace of {o.workspace} bytes", "a positive number of bytes")
-    if o.backend == "tensorrt" and o.sm:
-        raise BackendError(
-            "TensorRT builds for the GPU it runs on; --sm is for TensorRT-RTX",
-            "--target tensorrt-rtx, or leave --sm out",
-        )
-    if o.backend == "tensorrt-rtx":
-        for name in ("timing_cache", "version_compatible", "hardware_compatible"):
-            if getattr(o, name):
-                raise BackendError(
-                    f"TensorRT-RTX has no {name.replace('_', ' ')}", "--target tensorrt"
-                )
-
-
-def _compute_capabilities(module: Any, options: _Options) -> tuple[str, ...]:
-    """Names of ComputeCapability: 86, "8.6", "sm_86", "SM86" -> "SM86"."""
-    if not options.sm:
-        return ()
-    known = sorted(
-        (n for n in module.ComputeCapability.__members__ if n.startswith("SM")),
-        key=lambda name: int(name[2:]),
-    )
-    names = []
-    for given in options.sm:
-        digits = given.lower().removeprefix("sm").lstrip("_").replace(".", "")
-        if f"SM{digits}" not in known:
-            numbers = ", ".join(name[2:] for name in known)
-            raise BackendError(
-                f"TensorRT-RTX {module.__version__} does not know SM {given}", f"it knows {numbers}"
-            )
-        names.append(f"SM{digits}")
-    return tuple(dict.fromkeys(names))
 
 
 def _this_gpu() -> dict[str, Any]:

@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import nn
 
 from resq_deploy.budget import parse_eps
@@ -27,13 +26,14 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.errors import BackendError
 from resq_deploy.export import describe, graph, halves, qdq, rules, samples
 from resq_deploy.export.adjust import DESIGN_BER
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
+from resq_deploy.export.engine import add_requested
+from resq_deploy.export.engine_options import EngineOptions, requests
 from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
@@ -67,6 +67,7 @@ def export_model(
     batch: tuple[int, int, int] = (1, 8, 64),
     targets: Sequence[Target] = ("onnx",),
     sm: Sequence[str] = (),
+    engine: EngineOptions | None = None,
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool = True,
@@ -86,17 +87,19 @@ def export_model(
     `calib`, `eval`: data sets (see data.load) or Datasets; default: what a checkpoint says it was trained on.
     Ranges come from the train split of `calib`, figures from the test split of `eval`; no image is in both.
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
-    TensorRT-RTX, compute capabilities `sm`. `high_precision`: type of what stays float. `adjust`: whether
-    stage III adapts codes, scales and biases to bit flips at `design_ber`. `attacks`: crafted within `eps`
-    (L-inf, pixels of [0, 1]) on the first `attack_samples` of the held-out sample. `command`: what the
-    manifest names as the command line.
+    TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
+    `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
+    to bit flips at `design_ber`. `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
+    `attack_samples` of the held-out sample.
+    `command`: what the manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
     Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
     """
     say = reporter or Reporter()
     target = Path(output) if output is not None else Path(model).with_suffix(".resq")
     check_free(target, force=force)
-    _check_request(targets, attacks, eps)
+    wanted = requests(targets, batch, sm, engine or EngineOptions())
+    _check_request(attacks, eps)
     loaded = load_model(
         model,
         arch=arch,
@@ -122,7 +125,7 @@ def export_model(
         _save_sample(writer, EVAL, drawn.held_out)
         exposed = drawn.held_out.take(attack_samples)
         crafted = dict(_attacks(writer, fp32, made.int8, exposed, attacks, eps, seed, say))
-        engines = dict(_engines(writer, made.deployed, targets, batch, sm, say))
+        engines = add_requested(writer.dir, writer.dir / INT8, wanted, say)
         return writer.finish(
             {
                 "name": target.name.removesuffix(".resq") or "model",
@@ -211,19 +214,11 @@ def _provenance(
     }
 
 
-def _check_request(targets: Sequence[str], attacks: Sequence[str], eps: float | str) -> None:
+def _check_request(attacks: Sequence[str], eps: float | str) -> None:
     """Refuse what cannot work before the work begins."""
-    from resq_deploy.runtime.trtlib import library
-
     for name in attacks:
         white_box(name)
     parse_eps(eps)
-    for name in targets:
-        if name not in get_args(Target):
-            known = ", ".join(get_args(Target))
-            raise BackendError(f"unknown target {name!r}", f"one of: {known}")
-        if name != "onnx":
-            library(name)
 
 
 def _attacked(
@@ -265,47 +260,6 @@ def _attacks(
                     "fp32": describe.attack_success(fp32, sample, images),
                     "zero_gradients": flat,
                 },
-            },
-        )
-
-
-def _engines(
-    writer: BundleWriter,
-    int8: onnx.ModelProto,
-    targets: Sequence[Target],
-    batch: tuple[int, int, int],
-    sm: Sequence[str],
-    reporter: Reporter,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Build a plan for each engine target, and map the INT8 weights in it."""
-    from resq_deploy.export.engine import build_engine
-    from resq_deploy.runtime.plan import locate
-
-    tensors = [t for t in int8.graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims]
-    weights = {
-        t.name: numpy_helper.to_array(t) for t in tensors if not t.name.endswith(".zero_point")
-    }
-    for name in (t for t in targets if t != "onnx"):
-        plan = writer.dir / "engines" / f"{name}.plan"
-        plan.parent.mkdir(exist_ok=True)
-        capabilities = tuple(sm) if name == "tensorrt-rtx" else ()
-        built = build_engine(
-            writer.dir / INT8,
-            plan,
-            backend=name,
-            batch=batch,
-            sm=capabilities,
-            reporter=reporter,
-        )
-        found = locate(plan.read_bytes(), weights)
-        found.save(plan.with_suffix(".weights.json"))
-        yield (
-            name,
-            {
-                "backend": name,
-                "version": built.version,
-                "built_for": built.built_for,
-                "coverage": found.coverage,
             },
         )
 

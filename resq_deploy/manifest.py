@@ -115,7 +115,10 @@ class Attack(Strict):
 
 
 class Engine(Strict):
-    """One plan: engines/NAME.plan, with its weight map, and what it was built for."""
+    """One plan: engines/NAME.plan, with its weight map, and what it was built for.
+
+    `coverage`: share of the INT8 weights' bytes that the map has; `unlocated`: tensor -> why it is not in it.
+    """
 
     backend: Literal["tensorrt", "tensorrt-rtx"]
     version: str
@@ -145,6 +148,7 @@ class Manifest(Strict):
     """The whole of manifest.json."""
 
     schema_version: Literal[1] = 1
+    unlocated: dict[str, str] = {}
     name: str
     arch: str
     input: Input

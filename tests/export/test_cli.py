@@ -19,6 +19,7 @@ from resq_deploy.console import BAD_INPUT, OK, run
 from resq_deploy.errors import BundleError
 from resq_deploy.export import pipeline
 from resq_deploy.export.cli import export, main
+from resq_deploy.export.engine_options import EngineOptions
 from tests.helpers import Bomb, checkpoint, images, save_npz
 
 FAST = ("--attack", "none", "--no-adjust", "--calib-samples", "32", "--eval-samples", "24")
@@ -84,6 +85,8 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         " --eval b.npz --eval-samples 8 --batch 1:2:3 --target onnx --target tensorrt-rtx"
         " --sm 86,89 --high-precision fp16 --design-ber 1e-2 --no-adjust --opset 21 --trust-pickle"
         " --attack fgsm,apgd --eps 4/255 --attack-samples 9 --seed 5 --force"
+        " --workspace 1G --optimization-level 3 --timing-cache t.cache --version-compatible"
+        " --hardware-compatible --refit"
     )
     assert run(export, line.split()) == BAD_INPUT
     reporter, command = seen.pop("reporter"), seen.pop("command")
@@ -104,6 +107,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "batch": (1, 2, 3),
         "targets": ("onnx", "tensorrt-rtx"),
         "sm": ("86", "89"),
+        "engine": EngineOptions(2**30, Path("t.cache"), True, True, True, 3),
         "high_precision": "fp16",
         "design_ber": 0.01,
         "adjust": False,

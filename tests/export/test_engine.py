@@ -1,10 +1,9 @@
-"""Plans that TensorRT-RTX really builds, the weights found in them, and every refusal. No GPU is needed."""
+"""Building plans: options, progress, what is refused. TensorRT-RTX really builds; no GPU is needed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,95 +13,12 @@ import pytest
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError, MissingExtra
-from resq_deploy.export import engine
+from resq_deploy.export import engine, engine_options
 from resq_deploy.export.engine import add_engine, build_engine
-from resq_deploy.memory import fault_space
-from resq_deploy.runtime.plan import PlanMap, locate
-from tests.runtime.plans import Int8, QdqGraph, conv_file, weight
-
-SM = ("86",)
-
-
-def located(path: Path, tensors: dict[str, Int8], **options: Any) -> tuple[bytes, PlanMap]:
-    """A plan of an ONNX file, and its map after reading every located weight back."""
-    out = path.with_suffix(".plan")
-    build_engine(path, out, sm=SM, **options)
-    plan = out.read_bytes()
-    found = locate(plan, tensors)
-    for name, value in tensors.items():
-        there, mask = found.read(plan, name)
-        assert np.array_equal(there[mask], value[mask])
-    return plan, found
-
-
-@pytest.mark.parametrize(
-    ("shape", "group", "layout"),
-    [
-        ((32, 16, 3, 3), 1, "acdb"),
-        ((32, 3, 3, 3), 1, "acdB4b"),
-        ((32, 3, 7, 7), 1, "acdB4b"),
-        ((24, 6, 1, 1), 1, "acdB4b"),
-        ((32, 1, 3, 3), 32, "acdB4b"),
-        ((48, 1, 5, 5), 48, "acdB4b"),
-        ((32, 4, 3, 3), 8, "acdb"),
-        ((10, 20, 3, 3), 1, "acdb"),
-    ],
-)
-def test_convolutions_are_krsc_with_channels_filled_up_to_4(
-    tmp_path: Path, shape: tuple[int, ...], group: int, layout: str
-) -> None:
-    codes = weight(*shape)
-    _, found = located(conv_file(tmp_path / "m.onnx", codes, group), {"w": codes})
-    assert found.coverage == 1.0
-    assert found.tensors["w"].layout == layout
-
-
-def test_gemms_that_share_an_input_are_merged_and_still_found(tmp_path: Path) -> None:
-    graph = QdqGraph(49, 96)
-    source = graph.quantized("input")
-    tensors = {f"w{i}": weight(96, n, seed=i) for i, n in enumerate((96, 96, 48))}
-    outputs = [
-        graph.node("MatMul", source, graph.weight(name, codes, axis=1))
-        for name, codes in tensors.items()
-    ]
-    onnx.save(graph.model(*outputs), tmp_path / "m.onnx")
-    _, found = located(tmp_path / "m.onnx", tensors)
-    assert found.coverage == 1.0
-    assert {p.pitch for p in found.tensors.values()} == {240}
-
-
-def test_equal_weights_are_kept_once(tmp_path: Path) -> None:
-    graph, codes = QdqGraph(32, 8, 8), weight(32, 32, 3, 3)
-    first = graph.conv("input", "a", codes)
-    onnx.save(graph.model(graph.conv(first, "b", codes.copy(), stride=2)), tmp_path / "m.onnx")
-    _, found = located(tmp_path / "m.onnx", {"a": codes, "b": codes})
-    assert found.shared == (("a", "b"),)
-
-
-def test_a_fault_list_lands_in_the_plan(tmp_path: Path) -> None:
-    path = conv_file(tmp_path / "m.onnx", weight(32, 3, 3, 3))
-    space = fault_space(path)
-    plan, found = located(path, {"w": weight(32, 3, 3, 3)})
-    weights = space.select(kinds=["weights"])
-    flips = weights.flips(np.arange(0, weights.size, 37))
-    changed = bytearray(plan)
-    assert found.apply(changed, flips) == flips.count
-    value, _ = found.read(changed, "w")
-    golden = weights.by_name["w"].value
-    difference = (value ^ golden).view(np.uint8).reshape(-1)
-    assert np.array_equal(np.flatnonzero(difference), flips["w"].elements)
-    assert np.array_equal(difference[flips["w"].elements], flips["w"].masks)
-
-
-def test_two_builds_with_a_fixed_batch_are_byte_identical(tmp_path: Path) -> None:
-    """With a free batch, names of the compiler's temporaries and their order may differ; weights do not."""
-    path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))
-    model = onnx.load(path)
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
-    onnx.save(model, path)
-    infos = [build_engine(path, tmp_path / f"{i}.plan", sm=SM) for i in (0, 1)]
-    assert infos[0].path.read_bytes() == infos[1].path.read_bytes()
-    assert infos[0].built_for["batch"] == [4, 4, 4]
+from resq_deploy.export.engine_options import EngineOptions, requests
+from resq_deploy.runtime.plan import PlanMap
+from tests.export.engines import SM
+from tests.runtime.plans import QdqGraph, conv_file, weight
 
 
 def test_what_it_was_built_for(tmp_path: Path) -> None:
@@ -344,51 +260,51 @@ def test_a_weight_that_is_not_located_is_named(tmp_path: Path) -> None:
     _, entry = add_engine(tmp_path, path, name="odd", sm=SM, reporter=reporter)
     assert entry.coverage == 0.0
     assert "odd.plan: w was not located, too few different bytes" in stream.getvalue()
+    assert entry.unlocated == {"w": "too few different bytes to tell it from others"}
 
 
-@dataclass
-class Scale:
-    scale: float
+def asked(request: Any) -> tuple[Any, ...]:
+    return request.backend, request.sm, request.options.given
 
 
-def int8_network(arch: str, path: Path) -> Path:
-    """A network of the exporter's own, with random weights, as INT8 ONNX."""
-    import torch
+def test_each_target_gets_the_options_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx
 
-    from resq_deploy import networks
-    from resq_deploy.export import graph, qdq, rules
-
-    torch.manual_seed(0)
-    network = networks.build(arch, input_shape=(3, 32, 32), classes=10, args={}).eval()
-    whole = graph.Preprocessed(network, [0.5] * 3, [0.25] * 3).eval()
-    fp32 = graph.to_onnx(whole, (3, 32, 32), name=arch)
-    plan = rules.plan(fp32)
-    onnx.save(
-        qdq.quantize_graph(fp32, dict.fromkeys(plan.activations, Scale(0.05)), where=plan), path
-    )
-    return path
+    monkeypatch.setattr(engine_options, "library", lambda backend: tensorrt_rtx)
+    options = EngineOptions(workspace=2**20, timing_cache="t.cache", version_compatible=True)
+    both = requests(("onnx", "tensorrt", "tensorrt-rtx"), (1, 2, 3), (86,), options)
+    assert [asked(request) for request in both] == [
+        ("tensorrt", (), options.given),
+        ("tensorrt-rtx", ("86",), {"workspace": 2**20}),
+    ]
+    assert requests(("onnx",), (1, 2, 3), (), EngineOptions()) == ()
+    assert len(requests(("tensorrt-rtx",) * 2, (1, 2, 3), (), EngineOptions())) == 1
 
 
 @pytest.mark.parametrize(
-    ("arch", "least"),
+    ("targets", "sm", "options", "said"),
     [
-        ("resnet8", 0.999),
-        ("resnet18", 0.999),
-        pytest.param("vgg16", 0.999, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", 0.99, marks=pytest.mark.slow),
-        pytest.param("swin_t", 0.999, marks=pytest.mark.slow),
+        (("onnx",), ("86",), {}, r"^--sm is for engines"),
+        (("onnx",), (), {"timing_cache": "c"}, r"^--timing-cache is for engines"),
+        (("tensorrt",), ("86",), {}, "--sm is for TensorRT-RTX"),
+        (("tensorrt-rtx",), (), {"version_compatible": True}, "no version compatible"),
+        (("tensorrt-rtx",), ("90",), {}, "does not know SM 90"),
+        (("openvino",), (), {}, r"unknown target 'openvino' \(one of: onnx, tensorrt,"),
     ],
 )
-def test_the_weights_of_whole_networks_are_located(tmp_path: Path, arch: str, least: float) -> None:
-    path = int8_network(arch, tmp_path / "m.onnx")
-    space = fault_space(path).select(kinds=["weights"])
-    plan, found = located(path, {m.name: np.asarray(m.value) for m in space.memories})
-    assert found.coverage >= least
-    draws = np.random.default_rng(0).choice(space.size, 2000, replace=False)
-    flips = space.flips(np.sort(draws))
-    changed = bytearray(plan)
-    assert found.apply(changed, flips) == flips.count - found.unreachable(flips)
-    difference = np.frombuffer(changed, np.uint8) ^ np.frombuffer(plan, np.uint8)
-    assert int(np.bitwise_count(difference).sum()) == flips.count - found.unreachable(flips)
-    found.apply(changed, flips)
-    assert changed == plan
+def test_what_no_target_can_do_is_refused_before_any_work(
+    targets: tuple[str, ...], sm: tuple[str, ...], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BackendError, match=said):
+        requests(targets, (1, 2, 3), sm, EngineOptions(**options))
+
+
+def test_a_timing_cache_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorrt_rtx
+
+    monkeypatch.setattr(engine, "library", lambda backend: tensorrt_rtx)
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    with pytest.raises(BackendError, match="cannot read the timing cache"):
+        build_engine(path, tmp_path / "m.plan", backend="tensorrt", timing_cache=tmp_path)
