@@ -78,16 +78,27 @@ class ChannelKernel:
             return elements % self.size
         return elements // self.fan_in
 
-    def run(self, live: Tensors, arrays: Arrays, channels: Channels) -> Tensors:
-        """The segment's outputs in these channels only; `live` holds its inputs, whole."""
-        feed: Tensors = {name: live[name] for name in self.whole}
+    def params(self, arrays: Arrays, channels: Channels) -> Tensors:
+        """These channels of the layer's parameters, as `run` wants them."""
+        found = {f"{name}/some": arrays[name][channels] for name in self.vectors}
+        for place, role in zip(*self._places(), strict=True):
+            found[role] = arrays[self.core.input[place]][channels]
+        found["weights"] = self._columns(arrays[self.weight], channels)
+        return found
+
+    def joined(self, parts: Sequence[Tensors]) -> Tensors:
+        """The parameters of several trials' channels, one behind the other."""
+        axis = 0 if self.perm is None else 1
+        return {
+            name: np.concatenate([p[name] for p in parts], axis=axis if name == "weights" else 0)
+            for name in parts[0]
+        }
+
+    def run(self, live: Tensors, channels: Channels, params: Tensors) -> Tensors:
+        """The segment's outputs in these channels only (repetitions allowed); `live` holds its inputs, whole."""
+        feed: Tensors = {name: live[name] for name in self.whole} | params
         for name in self.sliced:
             feed[f"{name}/some"] = np.ascontiguousarray(live[name][..., channels])
-        for name in self.vectors:
-            feed[f"{name}/some"] = arrays[name][channels]
-        for place, role in zip(*self._places(), strict=True):
-            feed[role] = arrays[self.core.input[place]][channels]
-        feed["weights"] = self._columns(arrays[self.weight], channels)
         outputs = self.session.run(self.segment.outputs, feed)
         return dict(zip(self.segment.outputs, outputs, strict=True))
 

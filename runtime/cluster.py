@@ -16,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from resq_deploy.errors import BackendError, CampaignError, MissingExtra
+from resq_deploy.errors import BackendError, MissingExtra
 from resq_deploy.metrics import Logits
-from resq_deploy.runtime.processes import raise_again, words_of
+from resq_deploy.runtime.crew import Crew, raise_again, words_of
 from resq_deploy.runtime.shipping import ship
 from resq_deploy.runtime.trials import (
     EngineFactory,
@@ -28,16 +29,15 @@ from resq_deploy.runtime.trials import (
     Row,
     Status,
     TrialEngine,
-    digest,
     failed_trial,
-    run_trial,
+    run_trials,
 )
 
 _BATCH_SECONDS = 1.0  # of work sent to an actor at once: a call costs about a millisecond
 _MOST = 2000  # trials sent at once
+_BLOCK = 256  # trials that an engine may run together
 _DEEP = 2  # calls an actor has in hand, so that it never waits for this machine
 _LEAST_SECONDS = 120.0  # a call is never given less than this
-_PATIENCE = 50.0
 _ATTEMPTS = 2
 _AHEAD = 200_000  # a trial is not begun while one so much older is unfinished: rows wait in memory for it
 _LOOK_SECONDS = 5.0  # between two looks for nodes that have joined
@@ -66,7 +66,9 @@ class _Engine:
         try:
             assert self._opened is not None
             engine, golden = self._opened
-            return "rows", [run_trial(engine, golden, job, trial) for trial in trials]
+            blocks = [trials[i : i + _BLOCK] for i in range(0, len(trials), _BLOCK)]
+            done = (run_trials(engine, golden, job, block) for block in blocks)
+            return "rows", [row for rows in chain.from_iterable(done) for row in rows]
         except Exception as error:
             return "failed", type(error).__name__, *words_of(error)
 
@@ -109,37 +111,31 @@ class _Run:
         return batch
 
 
-class RayPool:
+class RayPool(Crew):
     """An actor for every CPU, or GPU, of a Ray cluster.
 
     `address`: as `ray.init` takes it (None: the cluster that RAY_ADDRESS names, else one on this machine).
     Raises MissingExtra without Ray, and BackendError where the cluster cannot be reached.
     """
 
+    _cure = "use nodes of one kind of processor"
+
     def __init__(
         self, factory: EngineFactory, address: str | None = None, *, timeout: float | None = None
     ) -> None:
+        super().__init__(timeout, _LEAST_SECONDS)
         self._ray, self._ours = _connect(address)
-        self._timeout = timeout
         self._unit = "GPU" if getattr(factory, "backend", "ort") != "ort" else "CPU"
         self._factory = self._ray.put(ship(factory))
         self._actors: list[_Actor] = []
         self._opening: dict[Any, Any] = {}  # answer of open() -> handle
         self._calls: dict[Any, _Call] = {}
-        self._golden: Logits | None = None
-        self._engine: dict[str, Any] = {}
         self._looked, self._lost = -math.inf, 0
-        self._slowest = self._typical = 0.0
         try:
             self._wait_for_one()
         except BaseException:
             self.close()
             raise
-
-    def golden(self) -> Logits:
-        """Logits without faults, as the first actor has them."""
-        assert self._golden is not None
-        return self._golden
 
     @property
     def info(self) -> dict[str, Any]:
@@ -183,7 +179,9 @@ class RayPool:
                 alone = bool(run.again) and not actor.calls
                 if held and not alone:
                     break
-                batch = [run.again.popleft()] if alone else run.take(self._most())
+                batch = (
+                    [run.again.popleft()] if alone else run.take(self._batch(_BATCH_SECONDS, _MOST))
+                )
                 if not batch:
                     break
                 call = _Call(actor, batch, alone)
@@ -227,9 +225,8 @@ class RayPool:
         if answer[0] == "failed":
             raise_again(*answer[1:])
         rows: list[Row] = answer[1]
-        each = sum(row.seconds for row in rows) / len(rows)
-        self._typical += (each - self._typical) / (8 if self._slowest else 1)
-        self._slowest = max(self._slowest, *(row.seconds for row in rows))
+        seconds = [row.seconds for row in rows]
+        self._took(sum(seconds) / len(seconds), max(seconds))
         return rows
 
     def _failed(self, run: _Run, reference: Any, status: Status) -> list[Row]:
@@ -246,17 +243,12 @@ class RayPool:
 
     def _late(self) -> list[Any]:
         now = time.monotonic()
-        one = self._timeout or max(_LEAST_SECONDS, _PATIENCE * self._slowest)
+        one = self._patience()
 
         def patience(call: _Call) -> float:  # what the actor has in hand before it comes first
             return _DEEP * (one + 10 * self._typical * len(call.trials))
 
         return [ref for ref, call in self._calls.items() if now - call.begun > patience(call)]
-
-    def _most(self) -> int:
-        if not self._slowest:
-            return 1
-        return int(min(max(_BATCH_SECONDS / max(self._typical, 1e-6), 1), _MOST))
 
     def _nap(self) -> float:
         return min(1.0, (self._timeout or 4.0) / 4)
@@ -294,14 +286,6 @@ class RayPool:
             self._agree(answer[1])
             self._engine = answer[2]
             self._actors.append(_Actor(handle))
-
-    def _agree(self, golden: Logits) -> None:
-        if self._golden is None:
-            self._golden = golden
-        elif digest(golden) != digest(self._golden):
-            raise CampaignError(
-                "two workers have different golden logits", "use nodes of one kind of processor"
-            )
 
     def _forget(self, actor: _Actor) -> None:
         if actor in self._actors:

@@ -2,7 +2,8 @@
 
 A fault in weight memory can end or hang the runtime that meets it. In a worker that is an outcome: the
 trial is tried once more in a fresh worker, and when that fails too it counts as DUE (`crash`, `hang`).
-So a worker that is killed from outside changes no figure.
+So a worker that is killed from outside changes no figure. Where an engine runs many trials together, any of
+them may be the one: each is tried alone before one is blamed.
 """
 
 from __future__ import annotations
@@ -11,49 +12,63 @@ import contextlib
 import itertools
 import signal
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 from typing import Any
 
-from resq_deploy import errors
 from resq_deploy.errors import CampaignError, ResqError
-from resq_deploy.metrics import Logits
+from resq_deploy.runtime.crew import Crew, raise_again, words_of
 from resq_deploy.runtime.machine import resident, without_main
 from resq_deploy.runtime.trials import (
     EngineFactory,
     Job,
     Row,
     Status,
-    digest,
     failed_trial,
-    run_trial,
+    run_trials,
 )
 
 _START_SECONDS = 600.0  # until a worker has opened its engine and run golden
 _LEAST_SECONDS = 60.0  # a trial is never given less than this, unless asked for
-_PATIENCE = 50.0  # ... nor less than so many times the slowest trial so far
+_SPARE = 10.0  # ... and for each other trial of its batch so many times what one takes
 _BATCH_SECONDS = 0.1  # of work sent to a worker at once
-_MOST = 64  # trials sent to a worker at once
+_MOST = 256  # trials sent to a worker at once
 _AHEAD = 20_000  # a trial is not begun while one so much older is unfinished
 _ATTEMPTS = 2
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One process, and the trials it has been sent, oldest first."""
+    """One process, and the batches of trials it has been sent, oldest first; `shares`: as `run_many` does."""
 
     process: Any
     pipe: connection.Connection
     ready: bool = False
+    shares: bool = False
     job: int = -1
-    sent: deque[int] = field(default_factory=deque)
+    sent: deque[list[int]] = field(default_factory=deque)
     since: float = field(default_factory=time.monotonic)  # when it began what it is at
 
+    @property
+    def held(self) -> int:
+        """How many trials it still has to run."""
+        return sum(map(len, self.sent))
 
-class ProcessPool:
+    def forget(self, count: int) -> None:
+        """So many trials are finished."""
+        del self.sent[0][:count]
+        if not self.sent[0]:
+            self.sent.popleft()
+
+    def suspects(self) -> list[int]:
+        """The trials one of which it was at."""
+        first = self.sent[0] if self.sent else []
+        return first if self.shares else first[:1]
+
+
+class ProcessPool(Crew):
     """`count` worker processes of `threads` threads each, all with the same engine.
 
     Raises CampaignError where their golden runs differ, and what opening the engine raised.
@@ -68,13 +83,10 @@ class ProcessPool:
         timeout: float | None = None,
         start_seconds: float = _START_SECONDS,
     ) -> None:
+        super().__init__(timeout, _LEAST_SECONDS)
         self.count, self.threads = count, threads
-        self._factory, self._timeout, self._start_seconds = factory, timeout, start_seconds
-        self._golden: Logits | None = None
-        self._engine: dict[str, Any] = {}
-        self._jobs = 0
-        self._slowest = self._typical = 0.0
-        self._restarts = 0
+        self._factory, self._start_seconds = factory, start_seconds
+        self._jobs = self._restarts = 0
         self._workers: list[_Worker] = []
         try:
             self._workers = [self._start() for _ in range(count)]
@@ -82,11 +94,6 @@ class ProcessPool:
         except BaseException:
             self.close()
             raise
-
-    def golden(self) -> Logits:
-        """Logits without faults, as the workers have them."""
-        assert self._golden is not None
-        return self._golden
 
     @property
     def info(self) -> dict[str, Any]:
@@ -135,8 +142,8 @@ class ProcessPool:
         """Send more trials to a worker that will soon have none."""
         if not worker.ready:
             return
-        most = int(min(max(_BATCH_SECONDS / self._typical, 1), _MOST)) if self._slowest else 1
-        if len(worker.sent) > most // 2:
+        most = self._batch(_BATCH_SECONDS, _MOST)
+        if worker.held > most // 2:
             return
         batch = run.take(most)
         if not batch:
@@ -148,7 +155,7 @@ class ProcessPool:
                 worker.pipe.send(("job", number, run.job))
                 worker.job = number
             worker.pipe.send(("run", batch))
-        worker.sent.extend(batch)
+        worker.sent.append(batch)
 
     def _collect(self, number: int, run: _Run) -> list[Row]:
         """Wait for something to happen, and return the rows that have come in."""
@@ -170,19 +177,18 @@ class ProcessPool:
         self, worker: _Worker, message: Any, number: int, run: _Run | None, rows: list[Row]
     ) -> None:
         match message:
-            case ("ready", golden, info):
+            case ("ready", golden, info, shares):
                 self._agree(golden)
-                worker.ready, self._engine = True, info
-            case ("row", of, row):
+                worker.ready, worker.shares, self._engine = True, shares, info
+            case ("rows", of, done):
                 now = time.monotonic()
-                spent = now - worker.since
-                self._typical += (spent - self._typical) / (8 if self._slowest else 1)
-                self._slowest = max(self._slowest, spent)
+                each = (now - worker.since) / len(done)
+                self._took(each, each)
                 worker.since = now
-                worker.sent.popleft()
+                worker.forget(len(done))
                 if of == number and run is not None:
-                    run.begun.discard(row.trial)
-                    rows.append(row)
+                    run.begun.difference_update(row.trial for row in done)
+                    rows += done
             case ("failed", kind, text, hint):
                 raise_again(kind, text, hint)
 
@@ -195,11 +201,12 @@ class ProcessPool:
                 f"(exit status {worker.process.exitcode})",
                 "fewer --workers need less memory",
             )
-        lost = list(worker.sent)
-        if lost:
-            run.attempts[lost[0]] = run.attempts.get(lost[0], 0) + 1
-            if run.attempts[lost[0]] >= _ATTEMPTS:
-                guilty = lost.pop(0)
+        suspects, lost = worker.suspects(), [trial for batch in worker.sent for trial in batch]
+        if len(suspects) == 1:
+            guilty = suspects[0]
+            run.attempts[guilty] = run.attempts.get(guilty, 0) + 1
+            if run.attempts[guilty] >= _ATTEMPTS:
+                lost.remove(guilty)
                 run.begun.discard(guilty)
                 rows.append(failed_trial(self.golden(), run.job, guilty, status))
         run.again.extendleft(reversed(lost))
@@ -243,23 +250,12 @@ class ProcessPool:
         worker.process.kill()
         worker.process.join()
 
-    def _agree(self, golden: Logits) -> None:
-        if self._golden is None:
-            self._golden = golden
-        elif digest(golden) != digest(self._golden):
-            raise CampaignError(
-                "two workers have different golden logits",
-                "use one kind of machine, or --workers 1",
-            )
-
-    def _patience(self) -> float:
-        return self._timeout or max(_LEAST_SECONDS, _PATIENCE * self._slowest)
-
     def _is_late(self, worker: _Worker) -> bool:
         waited = time.monotonic() - worker.since
         if not worker.ready:
             return waited > self._start_seconds
-        return bool(worker.sent) and waited > self._patience()
+        others = len(worker.suspects()) - 1
+        return bool(worker.sent) and waited > self._patience() + _SPARE * others * self._typical
 
     def _nap(self) -> float:
         """How long to wait for a worker before looking whether one is late."""
@@ -304,32 +300,18 @@ def _serve(pipe: connection.Connection, factory: EngineFactory, threads: int) ->
     try:
         engine = factory(threads)
         golden = engine.golden()
-        pipe.send(("ready", golden, dict(getattr(engine, "info", {}))))
+        info = dict(getattr(engine, "info", {}))
+        pipe.send(("ready", golden, info, hasattr(engine, "run_many")))
         _, number, job = pipe.recv()
         while True:
             message = pipe.recv()
             if message[0] == "job":
                 _, number, job = message
                 continue
-            for trial in message[1]:
-                pipe.send(("row", number, run_trial(engine, golden, job, trial)))
+            for rows in run_trials(engine, golden, job, message[1]):
+                pipe.send(("rows", number, rows))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
         with contextlib.suppress(OSError):
             pipe.send(("failed", type(error).__name__, *words_of(error)))
-
-
-def words_of(error: Exception) -> tuple[str, str]:
-    """Message and hint of an error, to be sent to the process that has to raise it again."""
-    if isinstance(error, ResqError):
-        return error.message, error.hint
-    return traceback.format_exc(), ""
-
-
-def raise_again(kind: str, text: str, hint: str) -> None:
-    """The worker's error, in this process: a ResqError as it was, a bug with the worker's traceback."""
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, ResqError):
-        raise (errors.BackendError if found is errors.MissingExtra else found)(text, hint)
-    raise RuntimeError(f"in a worker: {text}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from resq_deploy.runtime.graph import Arrays
 from resq_deploy.runtime.segments import Segment, Tensors, run_segment
 
 _WIDE = 2**15  # from so many values of one layer on, the patches of few images fill a core's cache
+_SMALL = 2**12  # up to so many, starting a run costs more than the cache gives
 _BUILDS = 4  # sessions that share the weights about evenly
-_FEW, _MANY = 2, 8  # images at once in wide layers, and in the others
+_FEW, _SOME, _MANY = 2, 8, 32  # images at once in wide layers, between, and in small ones
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,16 @@ def in_parts(segment: Segment, session: ort.InferenceSession, live: Tensors, par
     count = len(first) if first.ndim else 0
     if count <= part:
         return run_segment(segment, session, live)
-    parts = [
-        run_segment(segment, session, {n: live[n][i : i + part] for n in segment.inputs})
-        for i in range(0, count, part)
-    ]
+    inputs = {n: live[n] for n in segment.inputs}
+    parts = [run_segment(segment, session, some) for some in parts_of(inputs, part)]
     return {name: np.concatenate([p[name] for p in parts]) for name in segment.outputs}
+
+
+def parts_of(live: Tensors, part: int) -> Iterator[Tensors]:
+    """`part` rows of each tensor at a time."""
+    count = len(next(iter(live.values())))
+    for i in range(0, count, part):
+        yield {name: value[i : i + part] for name, value in live.items()}
 
 
 def part_sizes(lowered: Lowered, segments: Sequence[Segment]) -> tuple[int, ...]:
@@ -57,7 +63,13 @@ def part_sizes(lowered: Lowered, segments: Sequence[Segment]) -> tuple[int, ...]
         max((size for at, size in layers if s.begin <= at < end), default=0)
         for s, end in zip(segments, ends, strict=True)
     ]
-    return tuple(_FEW if size > _WIDE else _MANY for size in widest)
+    return tuple(_images_at_once(size) for size in widest)
+
+
+def _images_at_once(size: int) -> int:
+    if size > _WIDE:
+        return _FEW
+    return _MANY if 0 < size <= _SMALL else _SOME
 
 
 def merged(lowered: Lowered, segments: Sequence[Segment]) -> list[int] | None:

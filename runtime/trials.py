@@ -1,15 +1,15 @@
 """One trial: draw the fault, run the network with it, compare with the golden run. Everything else is book-keeping.
 
-`run_trial` is the one function that every way of running trials calls: in this process, in a worker,
-on a cluster, in a replay.
+`run_trial` is the one function that every way of running trials comes down to: in this process, in a
+worker, on a cluster, in a replay. `run_trials` is the same for several that an engine may run together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -28,7 +28,9 @@ class TrialEngine(Protocol):
     """A deployed network with a fixed set of images: what a trial needs of a backend.
 
     An engine that cannot change every bit of the fault space also has `unreachable(flips) -> int`, how
-    many of these bits it cannot change; one that has something to say to the report has `info`, JSON types.
+    many of these bits it cannot change; one that has something to say to the report has `info`, JSON types;
+    one to which several trials together are less work than each alone has `run_many(list of Flips)`, a
+    list of Logits with the bits that `run` gives for each.
     """
 
     def golden(self) -> Logits:
@@ -124,22 +126,82 @@ def run_trial(engine: TrialEngine, golden: Logits, job: Job, trial: int) -> Row:
     start = time.perf_counter()
     drawn = job.model.trial(job.space, job.seed, trial)
     flips, lost = reach(engine, drawn.flips)
-    if lost and not flips:
-        return _row(trial, "unreachable", drawn, flips, lost, None, "", start)
     try:
         logits = engine.run(flips) if flips else golden
     except Exception as error:
-        if isinstance(error, ResqError) or not _is_backends(error):
+        if not _is_outcome(error):
             raise
-        return _row(trial, "error", drawn, flips, lost, failure(golden, job), "", start)
-    outcome = classify(golden, logits, job.labels)
-    return _row(trial, "ok", drawn, flips, lost, outcome, digest(logits), start)
+        row = _row(trial, "error", drawn, flips, lost, failure(golden, job), "")
+    else:
+        row = _Score(golden, job).row(trial, drawn, flips, lost, logits)
+    return replace(row, seconds=time.perf_counter() - start)
+
+
+def run_trials(
+    engine: TrialEngine, golden: Logits, job: Job, trials: Sequence[int]
+) -> Iterator[list[Row]]:
+    """The rows of these trials, those that `run_trial` gives and in this order, as they are finished.
+
+    Where the engine has `run_many` they come all at once; `seconds` is then an equal share. If that raises
+    what may be an outcome, each is run alone.
+    """
+    many: Callable[[list[Flips]], list[Logits]] | None = getattr(engine, "run_many", None)
+    if many is not None and len(trials) > 1:
+        try:
+            rows = _together(engine, many, golden, job, trials)
+        except Exception as error:
+            if not _is_outcome(error):
+                raise
+        else:
+            yield rows
+            return
+    for trial in trials:
+        yield [run_trial(engine, golden, job, trial)]
+
+
+def _together(
+    engine: TrialEngine,
+    many: Callable[[list[Flips]], list[Logits]],
+    golden: Logits,
+    job: Job,
+    trials: Sequence[int],
+) -> list[Row]:
+    start = time.perf_counter()
+    drawn = [job.model.trial(job.space, job.seed, trial) for trial in trials]
+    reached = [reach(engine, d.flips) for d in drawn]
+    answers = iter(many([flips for flips, _ in reached if flips]))
+    score, rows = _Score(golden, job), []
+    for trial, what, (flips, lost) in zip(trials, drawn, reached, strict=True):
+        rows.append(score.row(trial, what, flips, lost, next(answers) if flips else golden))
+    each = (time.perf_counter() - start) / len(rows)
+    return [replace(row, seconds=each) for row in rows]
+
+
+class _Score:
+    """Makes rows of logits; of those that are golden, what is known already."""
+
+    def __init__(self, golden: Logits, job: Job) -> None:
+        self._golden, self._job = golden, job
+        self._bytes = golden.tobytes()
+        self._masked: tuple[Outcome, str] | None = None
+
+    def row(self, trial: int, drawn: Drawn, flips: Flips, lost: int, logits: Logits) -> Row:
+        if lost and not flips:
+            return _row(trial, "unreachable", drawn, flips, lost, None, "")
+        if logits.tobytes() != self._bytes:
+            return _row(trial, "ok", drawn, flips, lost, *self._scored(logits))
+        if self._masked is None:
+            self._masked = self._scored(logits)
+        return _row(trial, "ok", drawn, flips, lost, *self._masked)
+
+    def _scored(self, logits: Logits) -> tuple[Outcome, str]:
+        return classify(self._golden, logits, self._job.labels), digest(logits)
 
 
 def failed_trial(golden: Logits, job: Job, trial: int, status: Status) -> Row:
     """The row of a trial whose worker died (`crash`) or did not answer (`hang`)."""
     drawn = job.model.trial(job.space, job.seed, trial)
-    return _row(trial, status, drawn, drawn.flips, 0, failure(golden, job), "", time.perf_counter())
+    return _row(trial, status, drawn, drawn.flips, 0, failure(golden, job), "")
 
 
 def failure(golden: Logits, job: Job) -> Outcome:
@@ -177,8 +239,10 @@ def _reachable(
     return np.concatenate(found)
 
 
-def _is_backends(error: Exception) -> bool:
-    """Whether an exception comes from a runtime; a TypeError or KeyError would be a bug of ours."""
+def _is_outcome(error: Exception) -> bool:
+    """Whether an exception comes from a runtime; a ResqError is none, a TypeError would be a bug of ours."""
+    if isinstance(error, ResqError):
+        return False
     return isinstance(error, RuntimeError) or type(error).__module__ != "builtins"
 
 
@@ -190,7 +254,6 @@ def _row(
     lost: int,
     outcome: Outcome | None,
     logits_sha: str,
-    start: float,
 ) -> Row:
     o = outcome or Outcome(0, 0, 0, 0, 0, 0, 0)
     return Row(
@@ -208,5 +271,4 @@ def _row(
         critical=o.critical,
         due=o.due,
         logits_sha=logits_sha,
-        seconds=time.perf_counter() - start,
     )

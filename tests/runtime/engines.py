@@ -89,6 +89,33 @@ class Bad(Slow):
             raise TypeError("a bug of ours")
 
 
+@dataclass(frozen=True)
+class Together:
+    """As `Misbehaves`, with an engine that runs trials in blocks; "" behaves."""
+
+    how: str
+    once: str = ""
+
+    def __call__(self, threads: int) -> Blocks:
+        return Blocks(self.how, self.once)
+
+
+class Blocks(Bad):
+    def __init__(self, how: str, once: str = "") -> None:
+        super().__init__(how, once)
+        self.sizes: list[int] = []
+
+    def run_many(self, trials: list[Flips]) -> list[Logits]:
+        self.sizes.append(len(trials))
+        return [self.run(flips) for flips in trials]
+
+    def misbehave(self) -> None:
+        if self.how == "error":
+            raise RuntimeError("a kernel failed")
+        if self.how:
+            super().misbehave()
+
+
 def is_bad(flips: Flips) -> bool:
     return any(f.tensor == "fc2.weight" and f.bit == 7 for f in flips.faults())
 

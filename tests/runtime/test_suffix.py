@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.faults import Flips
+from resq_deploy.runtime import sharing
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.suffix import SuffixEngine
 from tests.runtime import graphs
@@ -97,18 +99,69 @@ def test_a_masked_fault_costs_one_layer() -> None:
         assert engine.work.layer_images - before == 8
 
 
-def test_order_groups_by_layer() -> None:
+@pytest.mark.parametrize("word", MODELS)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_a_block_gives_the_bits_of_single_runs(engine: SuffixEngine, word: str, seed: int) -> None:
+    """Any mixture of trials: those that can share work, those that cannot, empty ones, equal ones."""
+    space = engine.runner.space
+    some = [parse(word).sample(space, trial_rng(seed, i)) for i in range(4)]
+    some += [parse("seu").sample(space, trial_rng(seed, i)) for i in range(12)]
+    block = [*some, Flips({}), some[-1]]
+    assert [v.tobytes() for v in engine.run_many(block)] == [engine.run(f).tobytes() for f in block]
+    assert engine.run_many([]) == []
+
+
+@pytest.mark.parametrize("kind", ["weights", "bias", "scales", "zero-points"])
+@pytest.mark.parametrize("memory", [2**10, 2**24])
+def test_blocks_of_every_kind_of_memory(
+    engine: SuffixEngine, kind: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "ROWS_BYTES", memory)
+    space = engine.runner.space.select(kinds=[kind])
+    chosen = np.random.default_rng(memory).choice(space.size, 24, replace=False)
+    block = [space.flips(chosen[i : i + 1]) for i in range(24)]
+    assert [v.tobytes() for v in engine.run_many(block)] == [engine.run(f).tobytes() for f in block]
+
+
+@pytest.mark.parametrize("memory", [0, 20_000, 60_000])
+def test_blocks_with_any_memory_budget(memory: int) -> None:
+    model = graphs.quantized("resnet")
+    with OrtRunner(model, threads=1) as runner:
+        engine = SuffixEngine(runner, graphs.images(model, IMAGES), memory=memory)
+        space = runner.space.select(kinds=["weights"])
+        block = [space.flips(np.array([i])) for i in range(0, space.size, space.size // 40)]
+        for flips, logits in zip(block, engine.run_many(block), strict=True):
+            with runner.faults(flips):
+                assert logits.tobytes() == runner(engine.images).tobytes()
+
+
+def test_a_block_shares_its_work() -> None:
+    """Sixteen faults of one layer: its input is prepared once, and layers behind it see all rows at once."""
     model = graphs.quantized("resnet")
     with OrtRunner(model, threads=1) as runner:
         engine = SuffixEngine(runner, graphs.images(model, 4))
-        space = runner.space.select(kinds=["weights"])
-        rng = np.random.default_rng(0)
-        trials = [space.flips(rng.integers(0, space.size, 1)) for _ in range(30)]
-        order = engine.order(trials)
-        assert sorted(order) == list(range(30))
-        layers = [runner.space.by_name[next(iter(trials[i]))].layer for i in order]
-        changes = sum(a != b for a, b in pairwise(layers))
-        assert changes == len(set(layers)) - 1
+        first = next(m for m in runner.space.memories if m.kind == "weights")
+        space = runner.space.select(layers=[first.layer], kinds=["weights"], bits=[6])
+        block = [space.flips(np.array([i])) for i in range(16)]
+        runs = [_sessions_run(lambda: [engine.run(f) for f in block])]
+        runs += [_sessions_run(lambda: engine.run_many(block))]
+        assert runs[1] * 3 < runs[0]
+        assert (engine.work.full, engine.work.trials) == (0, 32)
+
+
+def _sessions_run(work: Callable[[], object]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        run = ort.InferenceSession.run
+
+        def counted(self: ort.InferenceSession, *args: Any) -> Any:
+            calls.append(1)
+            return run(self, *args)
+
+        patch.setattr(ort.InferenceSession, "run", counted)
+        work()
+        return len(calls)
 
 
 def test_exact_mode_runs_in_full() -> None:
