@@ -5,6 +5,7 @@ The two kernels are PTX, which the driver compiles: a device image needs no nvcc
 
 from __future__ import annotations
 
+import atexit
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,25 +14,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.errors import MissingExtra
+from resq_deploy.errors import BackendError, MissingExtra
 from resq_deploy.runtime.layouts import Indices
 from resq_deploy.runtime.trtlib import no_gpu
 
 _THREADS = 256
 
-_PTX = """
-.version 6.0
-.target sm_50
-.address_size 64
-
-.visible .entry flip(.param .u64 addresses, .param .u64 masks, .param .u32 count)
-{
+# %where: the address that thread i was given; %bits: its byte in `values`. Bytes, so nothing need be aligned.
+_KERNEL = """
+.visible .entry {name}(.param .u64 addresses, .param .u64 values, .param .u32 count)
+{{
     .reg .pred %p;
-    .reg .b16 %old, %mask;
+    .reg .b16 %byte, %mask;
     .reg .b32 %i, %b, %n, %limit;
     .reg .b64 %list, %where, %step, %bits;
     ld.param.u64 %list, [addresses];
-    ld.param.u64 %bits, [masks];
+    ld.param.u64 %bits, [values];
     ld.param.u32 %limit, [count];
     mov.u32 %i, %tid.x;
     mov.u32 %b, %ctaid.x;
@@ -47,43 +45,23 @@ _PTX = """
     cvta.to.global.u64 %where, %where;
     cvt.u64.u32 %step, %i;
     add.u64 %bits, %bits, %step;
-    ld.global.u8 %mask, [%bits];
-    ld.global.u8 %old, [%where];
-    xor.b16 %old, %old, %mask;
-    st.global.u8 [%where], %old;
+    ld.global.u8 %byte, [%where];
+{body}
 DONE:
     ret;
-}
-
-.visible .entry peek(.param .u64 addresses, .param .u64 values, .param .u32 count)
-{
-    .reg .pred %p;
-    .reg .b16 %old;
-    .reg .b32 %i, %b, %n, %limit;
-    .reg .b64 %list, %where, %step, %out;
-    ld.param.u64 %list, [addresses];
-    ld.param.u64 %out, [values];
-    ld.param.u32 %limit, [count];
-    mov.u32 %i, %tid.x;
-    mov.u32 %b, %ctaid.x;
-    mov.u32 %n, %ntid.x;
-    mad.lo.u32 %i, %b, %n, %i;
-    setp.ge.u32 %p, %i, %limit;
-    @%p bra DONE;
-    cvta.to.global.u64 %list, %list;
-    cvta.to.global.u64 %out, %out;
-    mul.wide.u32 %step, %i, 8;
-    add.u64 %list, %list, %step;
-    ld.global.u64 %where, [%list];
-    cvta.to.global.u64 %where, %where;
-    cvt.u64.u32 %step, %i;
-    add.u64 %out, %out, %step;
-    ld.global.u8 %old, [%where];
-    st.global.u8 [%out], %old;
-DONE:
-    ret;
-}
+}}
 """
+_FLIP = """    ld.global.u8 %mask, [%bits];
+    xor.b16 %byte, %byte, %mask;
+    st.global.u8 [%where], %byte;"""
+_PEEK = "    st.global.u8 [%bits], %byte;"
+
+PTX = (
+    "\n.version 6.0\n.target sm_50\n.address_size 64\n"
+    + _KERNEL.format(name="flip", body=_FLIP)
+    + _KERNEL.format(name="peek", body=_PEEK)
+)
+_CONTEXTS: dict[int, Any] = {}  # device -> its primary context, retained
 
 
 class Device(Protocol):
@@ -91,6 +69,8 @@ class Device(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def sm(self) -> str: ...
     @property
     def stream(self) -> int: ...
     def allocate(self, size: int) -> int: ...
@@ -115,12 +95,16 @@ class CudaDevice:
         except self._driver.Error as error:
             raise no_gpu(backend, "run a plan") from error
         major, minor = device.compute_capability()
-        self._title = f"{device.name()}, SM {major}{minor}"
-        self._context = device.retain_primary_context()
+        self._sm = f"{major}{minor}"
+        self._title = f"{device.name()}, SM {self._sm}"
         self._held: dict[int, Any] = {}
+        try:
+            self._context = _primary(device, index)
+        except self._driver.Error as error:
+            raise _failed(self._driver, error) from error
         with self._current():
             self._stream = self._driver.Stream()
-            module = self._driver.module_from_buffer(_PTX.encode() + b"\0")
+            module = self._driver.module_from_buffer(PTX.encode() + b"\0")
             self._flip, self._peek = module.get_function("flip"), module.get_function("peek")
 
     @property
@@ -128,7 +112,13 @@ class CudaDevice:
         return self._title
 
     @property
+    def sm(self) -> str:
+        """Compute capability, such as 87."""
+        return self._sm
+
+    @property
     def stream(self) -> int:
+        """A stream that waits for copies and kernels of ours, which run on the legacy default stream."""
         return int(self._stream.handle)
 
     def allocate(self, size: int) -> int:
@@ -160,14 +150,16 @@ class CudaDevice:
         return self._launch(self._peek, addresses, np.zeros(addresses.size, dtype=np.uint8))
 
     def synchronize(self) -> None:
+        """Wait for all that runs on the GPU, in the engine's own streams too."""
         with self._current():
-            self._stream.synchronize()
+            self._driver.Context.synchronize()
 
     def close(self) -> None:
-        """Give back what is still allocated, and the context."""
+        """Give back what is still allocated. The context stays: TensorRT may have it current in this thread."""
         for address in list(self._held):
             self.free(address)
-        self._context.detach()
+        with self._current():
+            self._stream = self._flip = self._peek = None
 
     def _launch(
         self, kernel: Any, addresses: Indices, values: NDArray[np.uint8]
@@ -191,18 +183,41 @@ class CudaDevice:
     @contextmanager
     def _current(self) -> Iterator[None]:
         """The context, current in whichever thread calls: TensorRT allocates from its own threads too."""
-        self._context.push()
         try:
-            yield
-        finally:
-            self._driver.Context.pop()
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._driver.Context.pop()
+        except self._driver.Error as error:
+            raise _failed(self._driver, error) from error
+
+
+def _primary(device: Any, index: int) -> Any:
+    """The context that TensorRT uses, retained once, until the process ends.
+
+    pycuda leaves a released primary context current in its thread, where the next call of TensorRT would find it.
+    """
+    if index not in _CONTEXTS:
+        if not _CONTEXTS:
+            atexit.register(_CONTEXTS.clear)
+        _CONTEXTS[index] = device.retain_primary_context()
+    return _CONTEXTS[index]
+
+
+def _failed(driver: Any, error: Exception) -> BackendError:
+    if isinstance(error, driver.MemoryError):
+        return BackendError(
+            "the GPU is out of memory", "use fewer --workers, or stop what else uses the GPU"
+        )
+    return BackendError(f"the GPU failed: {error}", "see dmesg, or nvidia-smi -q")
 
 
 def _driver(backend: str) -> Any:
     try:
         from pycuda import driver
     except ModuleNotFoundError as error:
-        raise MissingExtra("pycuda", "tensorrt") from error
+        raise MissingExtra("pycuda", "cuda") from error
     except ImportError as error:  # libcuda.so.1 belongs to the driver
         if re.search(r"libcuda", str(error)):
             raise no_gpu(backend, "run a plan") from error

@@ -45,6 +45,9 @@ class Injection(ABC):
     def inject(self, flips: Flips) -> AbstractContextManager[None]:
         """Flips inside the block; golden memory afterwards, checked."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing of the library's
+        """Give back what holds the engine."""
+
 
 class PlanInjection(Injection):
     """Flip bits of the plan, load it beside the golden engine, and drop it afterwards."""
@@ -134,16 +137,22 @@ class RefitInjection(Injection):
 
     def __init__(self, runner: TrtRunner) -> None:
         super().__init__(runner)
-        module, engine = runner.loader.module, runner.golden.engine
-        if not engine.refittable:
+        if not runner.golden.engine.refittable:
             raise BackendError(
-                "the plan was not built to be refitted", "use --injection plan or live"
+                "the plan was not built to be refitted",
+                "build it with --refit, or choose another way: live, plan",
             )
-        self.refitter = module.Refitter(engine, runner.loader.log.logger)
-        self.names = frozenset(self.refitter.get_all_weights())
+        self.refitter: Any = runner.loader.module.Refitter(
+            runner.golden.engine, runner.loader.log.logger
+        )
         rng = np.random.default_rng(0)
         self.probe = rng.random((runner.golden.smallest, *runner.shape), dtype=np.float32)
-        self.expected = runner.golden(self.probe)
+        try:
+            self.names = frozenset(self.refitter.get_all_weights())
+            self.expected = runner.golden(self.probe)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def coverage(self) -> float:
@@ -163,6 +172,10 @@ class RefitInjection(Injection):
             self._refit({name: m.value for name, m in memories.items()})
             if not np.array_equal(self.runner.golden(self.probe), self.expected):
                 raise BackendError("the refitted engine does not answer as the golden one did")
+
+    def close(self) -> None:
+        """The refitter keeps the engine alive, and the engine its runtime and allocator."""
+        self.refitter = None
 
     def _refit(self, tensors: dict[str, NDArray[Any]]) -> None:
         held = [np.ascontiguousarray(value) for value in tensors.values()]

@@ -37,18 +37,27 @@ class TrtRunner(Runner):
         super().__init__(space, shape, classes)
         self.loader, self.plan, self.plan_map = loader, plan, plan_map
         self.golden = self.session = loader.load(plan)
-        self.session(np.zeros((1, *shape), dtype=np.float32))  # engines allocate on their first run
-        self._injection: Injection = choose(injection, self)
+        self._injection: Injection | None = None
+        try:
+            self.session(
+                np.zeros((1, *shape), dtype=np.float32)
+            )  # engines allocate on their first run
+            self._injection = choose(injection, self)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(
         cls, bundle: Bundle, *, engine: str | None = None, injection: str = "auto",
-        device: Callable[[str], Device] = CudaDevice, module: Any = None, **options: Any,
+        allow_host_code: bool = False, device: Callable[[str], Device] = CudaDevice,
+        module: Any = None, **options: Any,
     ) -> TrtRunner:  # fmt: skip
         """Load one of the bundle's plans (`engine`: its name, where there are several).
 
         `injection`: live, plan, refit, or auto (live where all of the plan's weights are found in GPU memory,
-        else plan). Raises MissingExtra or BackendError: no such plan, no GPU, another version, an altered plan.
+        else plan). `allow_host_code`: load a plan that is version compatible, and run the code it brings.
+        Raises MissingExtra or BackendError: no such plan, no GPU, another version, an altered plan.
         """
         if injection not in (*INJECTIONS, "auto"):
             known = ", ".join((*INJECTIONS, "auto"))
@@ -60,18 +69,20 @@ class TrtRunner(Runner):
         plan = bundle.file(f"engines/{name}.plan").read_bytes()
         plan_map = PlanMap.load(bundle.file(f"engines/{name}.weights.json"))
         plan_map.check(plan)
-        loader = Loader(cls.backend, trt, device(cls.backend))
+        gpu = device(cls.backend)
         try:
+            loader = Loader(cls.backend, trt, gpu, host_code=allow_host_code)
             return cls(
                 fault_space(bundle.int8), bundle.manifest.input.shape, len(bundle.manifest.classes),
                 loader, plan, plan_map, injection,
             )  # fmt: skip
         except BackendError as error:
-            raise _explained(error, bundle.manifest.engines[name], trt.__version__) from error
+            gpu.close()
+            raise _explained(error, bundle.manifest.engines[name], trt.__version__, gpu) from error
 
     def unreachable(self, flips: Flips) -> int:
         """How many of these bits the way of injection in use cannot change."""
-        return self._injection.unreachable(flips)
+        return self._way.unreachable(flips)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -80,14 +91,18 @@ class TrtRunner(Runner):
             "backend": self.backend,
             "version": self.loader.module.__version__,
             "gpu": self.loader.device.name,
-            "injection": self._injection.name,
-            "coverage": self._injection.coverage,
+            "injection": self._way.name,
+            "coverage": self._way.coverage,
             "plan_coverage": self.plan_map.coverage,
+            "unlocated": sorted(self.plan_map.unlocated),
             "batch": [self.golden.smallest, self.golden.largest],
         }
 
     def close(self) -> None:
-        """Free engine, runtime and device memory."""
+        """Free what holds the engine, the engine, the runtime, and device memory, in this order."""
+        if self._injection is not None:
+            self._injection.close()
+        self._injection = None
         self.golden.close()
         self.loader.close()
         self.loader.device.close()
@@ -96,7 +111,13 @@ class TrtRunner(Runner):
         return self.session(images)
 
     def _inject(self, flips: Flips) -> AbstractContextManager[None]:
-        return self._injection.inject(flips)
+        return self._way.inject(flips)
+
+    @property
+    def _way(self) -> Injection:
+        if self._injection is None:
+            raise BackendError("the runner is closed", "open it again")
+        return self._injection
 
 
 class TrtRtxRunner(TrtRunner):
@@ -122,11 +143,16 @@ def find_engine(engines: Mapping[str, Engine], backend: str, name: str | None) -
     )
 
 
-def _explained(error: BackendError, entry: Engine, version: str) -> BackendError:
-    """Add what the manifest knows: which version wrote the plan."""
-    if "version" in error.message and entry.version != version:
+def _explained(error: BackendError, entry: Engine, version: str, gpu: Device) -> BackendError:
+    """Add what the manifest knows: which version wrote the plan, and for which GPU."""
+    title, again = TITLES[entry.backend], f"build it for this one: --target {entry.backend}"
+    if "another version" in error.message and entry.version != version:
         return BackendError(
-            f"the plan was built by {TITLES[entry.backend]} {entry.version}; {version} is installed",
-            f"install {entry.version}, or export again with --target {entry.backend}",
+            f"the plan was built by {title} {entry.version}; {version} is installed",
+            f"install {entry.version}, or build it again with --target {entry.backend}",
         )
+    if "another GPU" in error.message:
+        built_for = entry.built_for.get("gpu") or entry.built_for.get("sm") or "another GPU"
+        wanted = ", ".join(built_for) if isinstance(built_for, list) else str(built_for)
+        return BackendError(f"the plan was built for {wanted}; this is {gpu.name}", again)
     return error

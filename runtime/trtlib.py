@@ -23,26 +23,42 @@ _NO_GPU = re.compile(
 )
 _RULES = (
     (
-        re.compile(r"magicTag|Version tag does not match|stdVersionRead|expecting library version"),
+        re.compile(
+            r"magicTag|Version tag does not match|stdVersionRead|expecting library version|VERSION_MISMATCH"
+        ),
         "the plan was written by another version of {title} than the one installed ({version})",
         "build it again with this version: resq-export --target {backend}; plans are tied to a version",
     ),
     (
-        re.compile(r"incompatible device|different models? of devices|compute capabilit", re.I),
+        re.compile(
+            r"incompatible device|different models? of devices|compute capabilit|UNSUPPORTED_CC",
+            re.I,
+        ),
         "the plan was built for another GPU: {detail}",
         "build it for this one: resq-export --target {backend}",
     ),
     (
         re.compile(
-            r"header\.size == blobSize|Unexpected end|size mismatch|plan file.*corrupt", re.I
+            r"header\.size == blobSize|Unexpected end|size mismatch|plan file.*corrupt|MALFORMED_ENGINE",
+            re.I,
         ),
         "the plan is cut short or altered: its size is not what its header says",
         "copy the whole bundle again, or export the model again",
     ),
     (
-        re.compile(r"out ?of ?memory|OutOfMemory", re.I),
+        re.compile(r"out ?of ?memory|OutOfMemory|INSUFFICIENT_GPU_MEMORY", re.I),
         "{title} ran out of GPU memory",
         "use a smaller batch, or stop what else uses the GPU",
+    ),
+    (
+        re.compile(r"OLD_CUDA_(DRIVER|RUNTIME)"),
+        "the plan needs a newer NVIDIA driver than the one installed",
+        "update the driver, or build the plan again here: resq-export --target {backend}",
+    ),
+    (
+        re.compile(r"engine_?host_?code|host code", re.I),
+        "the plan is version compatible: it brings host code, which runs once the plan is loaded",
+        "where you trust it: TrtRunner.open(bundle, allow_host_code=True)",
     ),
 )
 
@@ -116,6 +132,15 @@ def refusal(backend: str, version: str, doing: str, lines: list[str]) -> Backend
         return no_gpu(backend, doing)
     detail = plain(told[0]) if told else "it gives no reason"
     return BackendError(f"{title} {version} could not {doing}: {detail}")
+
+
+def diagnosis(module: Any, runtime: Any, plan: bytes | bytearray) -> list[str]:
+    """Names of what the library finds wrong with a plan, such as UNSUPPORTED_CC. Older libraries cannot be asked."""
+    kinds = getattr(module, "EngineInvalidityDiagnostics", None)
+    if kinds is None or not hasattr(runtime, "get_engine_validity"):
+        return []
+    _, found = runtime.get_engine_validity(plan)
+    return [name for name, kind in kinds.__members__.items() if int(kind) & int(found)]
 
 
 def no_gpu(backend: str, doing: str) -> BackendError:

@@ -9,6 +9,7 @@ tests/gpu to show.
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,60 +19,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from resq_deploy.runtime.layouts import Indices, Layout
+from resq_deploy.runtime.layouts import Layout
+from tests.runtime.host_device import HostDevice
 from tests.runtime.plans import noise
 
 MAGIC = b"fake"
 VERSION = "10.9.0"
-
-
-class HostDevice:
-    """Device memory on the host: blocks far apart, so that an address beyond one is an error."""
-
-    name = "host memory"
-    stream = 7
-
-    def __init__(self, backend: str = "tensorrt") -> None:
-        self.blocks: dict[int, NDArray[np.uint8]] = {}
-        self.closed = False
-        self._next = 2**40
-
-    def allocate(self, size: int) -> int:
-        address, self._next = self._next, self._next + 2**32
-        self.blocks[address] = np.zeros(size, dtype=np.uint8)
-        return address
-
-    def free(self, address: int) -> None:
-        del self.blocks[address]
-
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self.at(address)[: raw.size] = raw
-
-    def download(self, address: int, size: int) -> bytes:
-        return self.at(address)[:size].tobytes()
-
-    def flip(self, addresses: Indices, masks: NDArray[np.uint8]) -> None:
-        for address, mask in zip(addresses.tolist(), masks.tolist(), strict=True):
-            self.at(address)[0] ^= mask
-
-    def peek(self, addresses: Indices) -> NDArray[np.uint8]:
-        return np.array([self.at(a)[0] for a in addresses.tolist()], dtype=np.uint8)
-
-    def synchronize(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
-
-    def at(self, address: int) -> NDArray[np.uint8]:
-        """Memory from an address to the end of its block."""
-        base = max(a for a in self.blocks if a <= address)
-        return self.blocks[base][address - base :]
-
-    def content(self) -> bytes:
-        """All that is allocated, to compare."""
-        return b"".join(block.tobytes() for block in self.blocks.values())
 
 
 class _Severity(enum.IntEnum):
@@ -89,6 +42,21 @@ class _IoMode(enum.Enum):
     OUTPUT = 1
 
 
+class _GpuAllocator:
+    """As pybind11 has it: unusable where the base class was not initialized, and no method falls back to it."""
+
+    def __init__(self) -> None:
+        self.ready = True
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"IGpuAllocator.{name} was called, but it is not overridden")
+
+
+class _DataType(enum.Enum):
+    FLOAT = np.float32
+    HALF = np.float16
+
+
 class FakeTensorRT:
     """The module. `model`: the INT8 graph that its plans hold; `layouts`: weight -> tag, in the plan's order."""
 
@@ -99,8 +67,26 @@ class FakeTensorRT:
         self.own_memory = False  # weights outside the allocator's blocks
         self.twice = False  # a second, dead copy of the weights
         self.batch = (2, 3, 4)
-        self.ILogger, self.IGpuAllocator, self.TensorIOMode = _ILogger, object, _IoMode
+        self.fixed = False  # the plan has a fixed batch, and no profile
+        self.half = False  # the plan's output is float16
+        self.version_compatible = False
+        self.refuses = ""  # the call that returns False, and a log line
+        self.says = ""  # why no plan is loaded
+        self.ILogger, self.IGpuAllocator, self.TensorIOMode = _ILogger, _GpuAllocator, _IoMode
         self.Weights = np.asarray
+        self.crashes: list[str] = []  # what would have ended the process
+
+    def nptype(self, kind: _DataType) -> Any:
+        return kind.value
+
+    def takes(self, call: str, logger: Any) -> bool:
+        """Whether a call succeeds; where not, it says why in the log."""
+        if call == self.refuses:
+            logger.log(
+                _Severity.ERROR,
+                f"IExecutionContext::{call}: Error Code 3: API Usage Error (out of luck)",
+            )
+        return call != self.refuses
 
     def plan(self) -> bytes:
         """Header, noise, weights in their layouts, noise."""
@@ -118,12 +104,22 @@ class FakeTensorRT:
 
 
 class _Runtime:
-    gpu_allocator: Any = None
-
     def __init__(self, library: FakeTensorRT, logger: Any) -> None:
         self.library, self.logger = library, logger
+        self.allocator: Any = lambda: None
+        self.engine_host_code_allowed = False
+
+    def _set_allocator(self, allocator: Any) -> None:
+        """A bare pointer, as in the library: who sets it keeps it alive."""
+        assert allocator.ready, "the base class was not initialized"
+        self.allocator = weakref.ref(allocator)
+
+    gpu_allocator = property(None, _set_allocator)
 
     def deserialize_cuda_engine(self, plan: bytes) -> _Engine | None:
+        if self.library.says:
+            self.logger.log(_Severity.ERROR, self.library.says)
+            return None
         if plan[:4] != MAGIC:
             self.logger.log(
                 _Severity.ERROR,
@@ -139,6 +135,13 @@ class _Runtime:
                 " plan.header.size == blobSize failed. In parsePlan at /_src/runtime.cpp:780)",
             )
             return None
+        if self.library.version_compatible and not self.engine_host_code_allowed:
+            self.logger.log(
+                _Severity.ERROR,
+                "IRuntime::deserializeCudaEngine: Error Code 3: API Usage Error (the plan has host code, and"
+                " engineHostCodeAllowed is false)",
+            )
+            return None
         return _Engine(self, bytes(plan[8:]))
 
 
@@ -146,7 +149,7 @@ class _Engine:
     num_io_tensors = 2
 
     def __init__(self, runtime: _Runtime, body: bytes) -> None:
-        self.library, self.allocator = runtime.library, runtime.gpu_allocator
+        self.runtime, self.library = runtime, runtime.library
         self.refittable = self.library.refittable
         self.values = {
             t.name: numpy_helper.to_array(t) for t in self.library.model.graph.initializer
@@ -173,18 +176,29 @@ class _Engine:
     def take(self, size: int) -> int:
         if self.library.own_memory:
             return self.device.allocate(size)
-        address: int = self.allocator.allocate(size, 256, 0)
+        address: int = self.runtime.allocator().allocate(size, 256, 0)
+        assert isinstance(address, int), "the bindings take nothing but an integer"
         return address
 
     def __del__(self) -> None:
         for address in self.held:
             if self.library.own_memory:
                 self.device.free(address)
-            else:
-                self.allocator.deallocate(address)
+            elif self.runtime.allocator() is None:
+                self.library.crashes.append("the allocator is gone, the engine still calls it")
+            elif not self.runtime.allocator().deallocate(address):
+                self.library.crashes.append("memory of the engine was freed behind its back")
 
-    def create_execution_context(self) -> _Context:
-        return _Context(self)
+    def create_execution_context(self) -> _Context | None:
+        taken = self.library.takes("create_execution_context", self.runtime.logger)
+        return _Context(self) if taken else None
+
+    def get_tensor_dtype(self, name: str) -> _DataType:
+        first = name == self.library.model.graph.input[0].name
+        return _DataType.HALF if self.library.half and not first else _DataType.FLOAT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.library.batch[0] if self.library.fixed else -1, 3, 3, 3)
 
     def get_tensor_name(self, index: int) -> str:
         graph = self.library.model.graph
@@ -196,6 +210,8 @@ class _Engine:
         return _IoMode.INPUT if first else _IoMode.OUTPUT
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        if self.library.fixed:
+            return [(-1,)] * 3
         return [(batch, 3, 3, 3) for batch in self.library.batch]
 
     def weights(self) -> dict[str, NDArray[Any]]:
@@ -214,20 +230,27 @@ class _Context:
         self.shape: tuple[int, ...] = ()
         self.addresses: dict[str, int] = {}
 
+    def _takes(self, call: str) -> bool:
+        return self.engine.library.takes(call, self.engine.runtime.logger)
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.library.batch
+        if self.engine.library.fixed:
+            high = low
         assert low <= shape[0] <= high, "a batch outside the profile"
         self.shape = tuple(shape)
-        return True
+        return self._takes("set_input_shape")
 
     def get_tensor_shape(self, name: str) -> tuple[int, int]:
         return self.shape[0], 10
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return self._takes("set_tensor_address")
 
     def execute_async_v3(self, stream: int) -> bool:
+        if not self._takes("execute_async_v3"):
+            return False
         device, graph = self.engine.device, self.engine.library.model.graph
         source, sink = (self.addresses[v.name] for v in (graph.input[0], graph.output[0]))
         raw = device.download(source, 4 * int(np.prod(self.shape)))

@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from resq_deploy.errors import BackendError
+from resq_deploy.errors import BackendError, MissingExtra
+from resq_deploy.runtime import cuda
 from resq_deploy.runtime.cuda import CudaDevice
-from tests.runtime.fake_trt import HostDevice
+from tests.runtime.host_device import HostDevice
 
 
 class Driver(ModuleType):
     """pycuda.driver over host memory. Every call but those that find the device wants a current context."""
 
     Error = type("Error", (Exception,), {})
+    MemoryError = type("MemoryError", (Error,), {})
 
     def __init__(self, devices: int = 1) -> None:
         super().__init__("pycuda.driver")
         self.host = HostDevice()
-        self.devices, self.depth, self.detached = devices, 0, False
+        self.devices, self.depth, self.retained = devices, 0, 0
         driver = self
 
         class Context:
@@ -33,10 +35,6 @@ class Driver(ModuleType):
             @staticmethod
             def synchronize() -> None:
                 driver.current()
-
-            @staticmethod
-            def detach() -> None:
-                driver.detached = True
 
         class Stream:
             handle = 42
@@ -55,6 +53,10 @@ class Driver(ModuleType):
 
         self.Context, self.Stream, self.module_from_buffer = Context, Stream, Module
 
+    def retain(self) -> Any:
+        self.retained += 1
+        return self.Context
+
     def enter(self, step: int) -> None:
         self.depth += step
 
@@ -71,7 +73,7 @@ class Driver(ModuleType):
         class Device:
             name = staticmethod(lambda: "Made-up GPU")
             compute_capability = staticmethod(lambda: (8, 7))
-            retain_primary_context = staticmethod(lambda: driver.Context)
+            retain_primary_context = staticmethod(driver.retain)
 
         if index >= self.devices:
             raise self.Error("cuDeviceGet failed: invalid device ordinal")
@@ -125,6 +127,7 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
     package.driver = driver  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    monkeypatch.setattr(cuda, "_CONTEXTS", {})
     return driver
 
 
@@ -136,14 +139,66 @@ def test_memory_goes_up_and_comes_down(monkeypatch: pytest.MonkeyPatch) -> None:
     device.upload(address, array[::-1][::-1])
     assert device.download(address, array.nbytes) == array.tobytes()
     device.synchronize()
-    assert device.name == "Made-up GPU, SM 87"
+    assert (device.name, device.sm) == ("Made-up GPU, SM 87", "87")
     assert device.stream == 42
     device.free(address)
     device.allocate(16)
     device.close()
     assert driver.host.blocks == {}
-    assert driver.detached
     assert driver.depth == 0
+    device.close()
+
+
+def test_devices_share_one_context_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary context that pycuda releases stays current in its thread, dead, for TensorRT to find."""
+    driver = install(monkeypatch, Driver())
+    CudaDevice("tensorrt").close()
+    second = CudaDevice("tensorrt")
+    second.free(second.allocate(8))
+    assert driver.retained == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("MemoryError", "out of memory"), ("Error", "the GPU failed: ECC")]
+)
+def test_errors_of_the_driver_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, kind: str, said: str
+) -> None:
+    driver = install(monkeypatch, Driver())
+    device = CudaDevice("tensorrt")
+
+    def fails(*_: Any) -> None:
+        raise getattr(driver, kind)("ECC")
+
+    for name in ("mem_alloc", "memcpy_htod", "memcpy_dtoh", "run_flip"):
+        monkeypatch.setattr(driver, name, fails)
+    addresses, masks = np.array([5]), np.array([1], np.uint8)
+    with pytest.raises(BackendError, match=said):
+        device.allocate(8)
+    with pytest.raises(BackendError, match=said):
+        device.flip(addresses, masks)
+    with pytest.raises(BackendError, match=said):
+        device.download(5, 8)
+    assert driver.depth == 0
+
+
+def test_without_pycuda_the_message_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(MissingExtra, match=r"pycuda is not installed .*resq-deploy\[cuda\]"):
+        CudaDevice("tensorrt-rtx")
+
+
+def test_the_kernels_are_one_but_for_what_they_do_with_a_byte() -> None:
+    flip, peek = (part.split("{", 1)[1] for part in cuda.PTX.split(".visible .entry ")[1:])
+    only = {line.strip() for line in flip.splitlines()} ^ {
+        line.strip() for line in peek.splitlines()
+    }
+    assert only == {
+        "ld.global.u8 %mask, [%bits];",
+        "xor.b16 %byte, %byte, %mask;",
+        "st.global.u8 [%where], %byte;",
+        "st.global.u8 [%bits], %byte;",
+    }
 
 
 @pytest.mark.parametrize("count", [0, 1, 256, 257, 1000])
