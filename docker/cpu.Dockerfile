@@ -34,7 +34,7 @@ FROM build AS requirements
 COPY docker/requirements.py docker/
 COPY constraints.txt pyproject.toml ./
 RUN docker/requirements.py pyproject.toml export attacks tensorrt-rtx > export.txt \
-    && docker/requirements.py pyproject.toml data attacks > runtime.txt
+    && docker/requirements.py pyproject.toml data attacks tensorrt-rtx > runtime.txt
 
 FROM build AS export-dependencies
 COPY --from=requirements /src/constraints.txt /src/export.txt ./

@@ -40,8 +40,7 @@ FROM build AS requirements
 ARG CONSTRAINTS=constraints.txt
 COPY docker/requirements.py docker/
 COPY constraints.txt pyproject.toml ./
-RUN docker/requirements.py pyproject.toml data attacks tensorrt > all.txt \
-    && grep -v '^tensorrt' all.txt > runtime.txt \
+RUN docker/requirements.py pyproject.toml data attacks cuda > runtime.txt \
     && docker/requirements.py pyproject.toml export tensorrt-rtx > export.txt \
     && cat "$CONSTRAINTS" > pinned.txt
 

@@ -7,5 +7,7 @@ fi
 if [ -s /run/secrets/pip ]; then
     export PIP_CONFIG_FILE=/run/secrets/pip
 fi
+# NVIDIA's images pin packages of their own for every pip that runs in them.
+unset PIP_CONSTRAINT
 export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
 exec /opt/resq/bin/pip "$@"

@@ -69,10 +69,13 @@ step "hardening a small network"
 run export resq-harden resnet8 --data digits --stages none --epochs 1 -o /data/model.pt --quiet
 step "exporting it with an engine"
 run export resq-export /data/model.pt --target tensorrt-rtx --no-adjust --attack fgsm --calib-samples 128 --quiet
+step "adding an engine in the runtime image, as on a device"
+run runtime resq-export /data/model.resq --target tensorrt-rtx --sm 86 --force -o /data/device.resq --quiet
+run runtime resq verify /data/device.resq
 step "validating the bundle"
 run runtime resq-validate /data/model.resq --trials 10 --samples 32 --ber 1e-3 --quiet -o /data/evidence
 
-for file in model.resq/manifest.json model.resq/engines evidence; do
+for file in model.resq/manifest.json model.resq/engines device.resq/engines/tensorrt-rtx.plan evidence; do
     [ -e "$data/$file" ] || fail "$file was not written"
 done
 strangers=$(find "$data" ! -user "${caller%:*}" | head -n 3)

@@ -9,13 +9,16 @@ import venv
 import zipfile
 from pathlib import Path
 
+from tests.bundles import write_bundle
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("resq-harden", "resq-export", "resq-validate", "resq")
+ON_DEVICE = ("cli", "engine", "engine_flags", "engine_options", "engine_progress", "on_device")
 NEEDS_TORCH = ("resq_deploy.hardening", "resq_deploy.networks", "resq_deploy.checkpoint")
 BARE = """
 import importlib, pkgutil, sys
 import resq_deploy
-count, torch_only = 0, {torch_only!r}
+count, torch_only, on_device = 0, {torch_only!r}, {on_device!r}
 for module in pkgutil.walk_packages(resq_deploy.__path__, "resq_deploy."):
     count += 1
     name = module.name
@@ -23,6 +26,7 @@ for module in pkgutil.walk_packages(resq_deploy.__path__, "resq_deploy."):
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         half = name.startswith(("resq_deploy.export", *torch_only))
+        half = half and name not in ["resq_deploy.export." + part for part in on_device]
         if not (half and error.name in ("torch", "torchvision")):
             raise SystemExit(f"{{name}} does not import without {{error.name}}")
 assert "torch" not in sys.modules
@@ -55,6 +59,15 @@ def _sources() -> set[str]:
     return found
 
 
+def _build_engine(work: Path) -> None:
+    """`resq-export BUNDLE` gets, without torch, as far as the engine builder, which is not there."""
+    write_bundle(work / "m.resq")
+    command = [work / "bare" / "bin" / "resq-export", work / "m.resq", "--target", "tensorrt-rtx"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd="/")
+    if done.returncode != 2 or "pip install 'resq-deploy[tensorrt-rtx]'" not in done.stderr:
+        sys.exit(f"resq-export BUNDLE in a bare environment: {done.returncode} {done.stderr}")
+
+
 def main() -> None:
     """Build, install bare, import from `/`, count the modules, run every command's `--help` there."""
     with tempfile.TemporaryDirectory() as folder:
@@ -67,9 +80,12 @@ def main() -> None:
         venv.create(work / "bare", with_pip=True)
         python = work / "bare" / "bin" / "python"
         _run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
-        count = _run(python, "-c", BARE.format(torch_only=NEEDS_TORCH), cwd=Path("/")).strip()
+        count = _run(
+            python, "-c", BARE.format(torch_only=NEEDS_TORCH, on_device=ON_DEVICE), cwd=Path("/")
+        ).strip()
         for command in COMMANDS:
             _run(work / "bare" / "bin" / command, "--help", cwd=Path("/"))
+        _build_engine(work)
     print(
         f"packaging: {len(inside)} files in the wheel, {count} modules seen in a bare environment, commands answer"
     )

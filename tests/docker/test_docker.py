@@ -43,9 +43,18 @@ def test_requirements_open_up_the_packages_own_extras() -> None:
 
 def test_the_runtime_image_gets_no_torch() -> None:
     run = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml")]
-    found = subprocess.run([*run, "data", "attacks"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [*run, "data", "attacks", "tensorrt-rtx", "cuda"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "onnxruntime" in found.stdout
     assert "torch" not in found.stdout
+    assert "tensorrt-rtx" in found.stdout
+    for path, extras in {"cpu": "data attacks tensorrt-rtx", "nvidia": "data attacks cuda"}.items():
+        text = (DOCKER / f"{path}.Dockerfile").read_text()
+        assert f"requirements.py pyproject.toml {extras} > runtime.txt" in text
     with_export = subprocess.run([*run, "export"], capture_output=True, text=True, check=True)
     assert "torchvision" in with_export.stdout
 
