@@ -36,6 +36,29 @@ def test_what_it_was_built_for(tmp_path: Path) -> None:
     assert info.version.split(".")[0].isdecimal()
 
 
+def test_the_plan_is_stored_as_the_library_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """trtexec and Polygraphy take it as it is."""
+    import tensorrt_rtx as trt
+
+    written = []
+
+    def recording(logger: Any) -> Any:
+        real = trt.Builder(logger)
+
+        def build(network: Any, config: Any) -> bytes:
+            written.append(bytes(real.build_serialized_network(network, config)))
+            return written[-1]
+
+        return FakeModule(real, build_serialized_network=build)
+
+    monkeypatch.setattr(engine, "library", lambda backend: FakeModule(trt, Builder=recording))
+    path = conv_file(tmp_path / "m.onnx", weight(8, 4, 3, 3))
+    build_engine(path, tmp_path / "m.plan", sm=SM)
+    assert (tmp_path / "m.plan").read_bytes() == written[0]
+
+
 def test_progress_reaches_its_end(tmp_path: Path) -> None:
     stream = io.StringIO()
     path = conv_file(tmp_path / "m.onnx", weight(32, 16, 3, 3))

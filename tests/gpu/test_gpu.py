@@ -10,13 +10,15 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError
+from resq_deploy.export.engine_options import EngineOptions
+from resq_deploy.export.on_device import add_engines
 from resq_deploy.faults import Flips
 from resq_deploy.runtime.cuda import CudaDevice
 from resq_deploy.runtime.runner import Runner, open_runner
@@ -43,27 +45,43 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def bundle(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A network trained on digits, with a plan for the GPU of this machine."""
+    """A network trained on digits; its plan is added on this machine, for the GPU that it has."""
     from resq_deploy import export_model, harden_model
 
-    folder = tmp_path_factory.mktemp(backend)
-    checkpoint = folder / "model.pt"
-    target = cast(Literal["tensorrt", "tensorrt-rtx"], backend)
+    checkpoint = tmp_path_factory.mktemp(backend) / "model.pt"
     harden_model("resnet8", "digits", output=checkpoint, stages="none", seed=0)
+    export_model(checkpoint, attacks=())
     try:
-        return export_model(
-            checkpoint, targets=(target,), sm=capability(backend), attacks=(), batch=(1, 64, 256)
-        )
+        return with_plan(checkpoint.with_suffix(".resq"), backend)
     except BackendError as error:
         pytest.skip(str(error))
 
 
-def capability(backend: str) -> tuple[str, ...]:
-    """This GPU's compute capability, for the builder that wants to be told."""
-    from pycuda import driver
+def with_plan(path: Path, backend: str, output: Path | None = None, **options: Any) -> Bundle:
+    """As `resq-export BUNDLE --target` does it; TensorRT-RTX wants to be told for which GPU."""
+    device = CudaDevice(backend)
+    sm = (device.sm,) if backend == "tensorrt-rtx" else ()
+    device.close()
+    return add_engines(
+        path,
+        output,
+        targets=(backend,),
+        sm=sm,
+        batch=(1, 64, 256),
+        options=EngineOptions(**options),
+        force=True,
+    )
 
-    major, minor = driver.Device(0).compute_capability()
-    return (f"{major}{minor}",) if backend == "tensorrt-rtx" else ()
+
+@pytest.fixture(scope="module")
+def refittable(bundle: Bundle, backend: str) -> Bundle:
+    """The same with a plan that can be refitted, where the library builds one."""
+    try:
+        other = bundle.path.with_name("refit.resq")
+        return with_plan(bundle.path, backend, other, refit=True)
+    except BackendError as error:
+        print(f"no plan that can be refitted: {error}")
+        return bundle
 
 
 @pytest.fixture
@@ -95,11 +113,27 @@ def test_golden_parity_with_onnx_runtime(bundle: Bundle, runner: Runner, images:
     assert agreement >= 0.995
 
 
-def test_the_ways_of_injection_agree(bundle: Bundle, backend: str, images: Any) -> None:
+def test_bytes_flip_wherever_they_are(backend: str) -> None:
+    """The two kernels, on addresses of every alignment."""
+    device = CudaDevice(backend)
+    golden = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
+    address = device.allocate(golden.size)
+    device.upload(address, golden)
+    offsets = np.random.default_rng(1).permutation(golden.size)[:1777]
+    masks = np.random.default_rng(2).integers(1, 256, offsets.size).astype(np.uint8)
+    device.flip(offsets + address, masks)
+    faulty = golden.copy()
+    faulty[offsets] ^= masks
+    assert device.download(address, golden.size) == faulty.tobytes()
+    assert np.array_equal(device.peek(offsets + address), faulty[offsets])
+    device.close()
+
+
+def test_the_ways_of_injection_agree(refittable: Bundle, backend: str, images: Any) -> None:
     answers: dict[str, Any] = {}
     for way in ("live", "plan", "refit"):
         try:
-            with open_runner(bundle, backend, injection=way) as opened:
+            with open_runner(refittable, backend, injection=way) as opened:
                 flips = some_flips(opened, 200)
                 lost = opened.unreachable(flips)
                 print(f"{way}: {lost} of {flips.count} bits out of reach, {opened.info}")

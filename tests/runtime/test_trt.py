@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from resq_deploy.errors import BackendError
+from resq_deploy.fault_models import parse
 from resq_deploy.faults import Flips
 from resq_deploy.runtime import session
 from resq_deploy.runtime.runner import BACKENDS, open_runner
+from resq_deploy.runtime.trials import Job, PlainEngine, run_trial
 from resq_deploy.runtime.trt import TrtRtxRunner
 from tests.runtime.fake_trt import device_of, reference
 from tests.runtime.host_device import HostDevice
@@ -96,6 +98,18 @@ def test_a_weight_that_the_map_lacks_is_unreachable_in_the_plan(tmp_path: Path) 
         lost = int(np.bitwise_count(flips["conv2"].masks).sum())
         assert r.unreachable(flips) == lost > 0
         assert r.info["coverage"] == pytest.approx((432 + 1440) / (432 + 1440 + 2304))
+
+
+def test_trials_count_what_a_plan_does_not_reach(tmp_path: Path) -> None:
+    with runner(tmp_path, "plan", drop="conv2") as r:
+        space = r.space.select(kinds=["weights"])
+        labels = np.zeros(len(IMAGES), np.int64)
+        job, golden = Job(parse("ber:1e-2"), space, 0, labels), r(IMAGES)
+        rows = [run_trial(PlainEngine(r, IMAGES), golden, job, trial) for trial in range(3)]
+    for trial, row in enumerate(rows):
+        flips = parse("ber:1e-2").trial(space, 0, trial).flips
+        assert row.unreachable == int(np.bitwise_count(flips["conv2"].masks).sum()) > 0
+        assert row.flips + row.unreachable == flips.count
 
 
 def test_an_engine_that_writes_to_its_weights_is_noticed(tmp_path: Path) -> None:
