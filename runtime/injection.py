@@ -8,7 +8,7 @@ refit   faulty tensors through the library's refitter, where the engine was buil
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,7 +56,7 @@ class PlanInjection(Injection):
 
     @property
     def coverage(self) -> float:
-        return _share(self.runner.space, self.runner.plan_map.reaches)
+        return _share(self.runner.space, lambda name: _located(self.runner.plan_map, name))
 
     def unreachable(self, flips: Flips) -> int:
         return self.runner.plan_map.unreachable(flips)
@@ -88,7 +88,10 @@ class LiveInjection(Injection):
 
     @property
     def coverage(self) -> float:
-        return _share(self.runner.space, lambda name: name in self.maps)
+        return _share(
+            self.runner.space,
+            lambda name: _located(self.maps[name][1], name) if name in self.maps else 0,
+        )
 
     def unreachable(self, flips: Flips) -> int:
         return sum(
@@ -156,7 +159,8 @@ class RefitInjection(Injection):
 
     @property
     def coverage(self) -> float:
-        return _share(self.runner.space, lambda name: name in self.names)
+        sizes = {m.name: m.value.size for m in self.runner.space.memories}
+        return _share(self.runner.space, lambda name: sizes[name] if name in self.names else 0)
 
     def unreachable(self, flips: Flips) -> int:
         lost = (part for name, part in flips.items() if name not in self.names)
@@ -231,7 +235,13 @@ def _in_blocks(
     return found
 
 
-def _share(space: FaultSpace, reaches: Any) -> float:
-    weights = [m for m in space.memories if m.kind == "weights"]
-    total = sum(m.value.nbytes for m in weights)
-    return sum(m.value.nbytes for m in weights if reaches(m.name)) / total if total else 1.0
+def _located(plan_map: PlanMap, name: str) -> int:
+    found = plan_map.tensors.get(name)
+    return 0 if found is None else found.located
+
+
+def _share(space: FaultSpace, located: Callable[[str], int]) -> float:
+    """Share of the weights' elements, all of one byte, of which `located` tells how many it reaches in a tensor."""
+    sizes = {m.name: m.value.size for m in space.memories if m.kind == "weights"}
+    total = sum(sizes.values())
+    return sum(min(located(name), size) for name, size in sizes.items()) / total if total else 1.0

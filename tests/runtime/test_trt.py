@@ -112,6 +112,16 @@ def test_trials_count_what_a_plan_does_not_reach(tmp_path: Path) -> None:
         assert row.flips + row.unreachable == flips.count
 
 
+def test_coverage_does_not_count_what_a_map_lacks_of_a_tensor(tmp_path: Path) -> None:
+    with runner(tmp_path, "plan") as r:
+        whole = r.plan_map.tensors["conv2"]
+        part = whole.model_copy(update={"holes": ((0, 304),)})
+        r.plan_map = r.plan_map.model_copy(
+            update={"tensors": {**r.plan_map.tensors, "conv2": part}}
+        )
+        assert r.info["coverage"] == r.plan_map.coverage == pytest.approx(1 - 304 / 4176)
+
+
 def test_an_engine_that_writes_to_its_weights_is_noticed(tmp_path: Path) -> None:
     with runner(tmp_path, "live") as r:
         flips = some_flips(r.space, 1)
