@@ -38,7 +38,8 @@ class ChannelKernel:
     """A layer that can be run for some of its output channels.
 
     `axis`: the channel axis of its weights in the file; `perm`: how the file's weights are turned
-    for the matrix product, None for a QLinearConv; `size` channels of `fan_in` weights each.
+    for the matrix product, None for a QLinearConv, which may have input channels of zeros, `lanes`, behind
+    those of the file; `size` channels of `fan_in` weights each.
     Inputs are given `whole` or `sliced` to the channels, like parameters with one value a channel,
     `vectors`.
     """
@@ -49,6 +50,7 @@ class ChannelKernel:
     weight: str
     axis: int
     perm: tuple[int, ...] | None
+    lanes: int
     size: int
     fan_in: int
     sliced: tuple[str, ...]
@@ -105,7 +107,8 @@ class ChannelKernel:
     def _columns(self, weights: NDArray[Any], channels: Channels) -> NDArray[Any]:
         some = weights.take(channels, axis=self.axis)
         if self.perm is None:
-            return some
+            wide = [(0, self.lanes if axis == 1 else 0) for axis in range(some.ndim)]
+            return np.pad(some, wide) if self.lanes else some
         return np.ascontiguousarray(some.transpose(self.perm).reshape(-1, len(channels)))
 
 
@@ -126,7 +129,7 @@ def channel_kernel(segment: Segment, arrays: Arrays) -> ChannelKernel | None:
     if not all(_is_local(n) for n in rest):
         return None
     axis = 0 if core.op_type == "QLinearConv" or path else 1
-    perm = tuple(attributes(path[0])["perm"]) if path else (0, 1)
+    perm, lanes = _turned(core, path, arrays)
     size = arrays[weight].shape[axis]
     fan_in = arrays[weight].size // size
     tail = _tail(segment, core, rest, size, arrays)
@@ -137,10 +140,18 @@ def channel_kernel(segment: Segment, arrays: Arrays) -> ChannelKernel | None:
     session = _session(
         segment, [*before, _with_roles(core), *nodes], whole, sliced, vectors, arrays
     )
-    turned = None if core.op_type == "QLinearConv" else perm
     return ChannelKernel(
-        session, segment, core, weight, axis, turned, size, fan_in, sliced, whole, vectors
+        session, segment, core, weight, axis, perm, lanes, size, fan_in, sliced, whole, vectors
     )
+
+
+def _turned(
+    core: onnx.NodeProto, path: Sequence[onnx.NodeProto], arrays: Arrays
+) -> tuple[tuple[int, ...] | None, int]:
+    """How a layer's weights are turned, and how many input channels of zeros they are given."""
+    if core.op_type != "QLinearConv":
+        return (tuple(attributes(path[0])["perm"]) if path else (0, 1)), 0
+    return None, (arrays[path[0].input[1]].shape[1] if path else 0)
 
 
 def _weight(segment: Segment, name: str, arrays: Arrays) -> tuple[str | None, list[onnx.NodeProto]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from resq_deploy.runtime import products
 from resq_deploy.runtime.lower import lower
 from resq_deploy.runtime.segments import open_session, session_options
 from tests.runtime import graphs
@@ -127,6 +128,31 @@ def test_im2col_is_exact(
     assert ops(lowered)["MatMulIntegerToFloat"] == 1
     want = run(model, images.astype(np.float32), plain=True)
     assert np.array_equal(run(lowered, images.astype(np.float32), plain=False), want)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_channels_of_zeros_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphs.quantized(name)
+    images = graphs.images(model, 16, seed=5)
+    wide = lower(model)
+    monkeypatch.setattr(products, "_LANES", 0)
+    narrow = lower(model)
+    assert ops(wide)["Concat"] == ops(narrow)["Concat"] + 1
+    assert np.array_equal(run(wide, images, plain=False), run(narrow, images, plain=False))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_patches_are_exact_with_and_without_known_sizes(known: bool) -> None:
+    model = layer(3, 2, 1, 16, 7, 0)
+    images = np.random.default_rng(0).integers(-128, 128, (2, 16, 7, 7)).astype(np.float32)
+    want = run(model, images, plain=True)
+    if not known:
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        dims[2].ClearField("dim_value")
+        dims[3].ClearField("dim_value")
+    lowered = lower(model)
+    assert ops(lowered)["Gather"] == int(known)
+    assert np.array_equal(run(lowered, images, plain=False), want)
 
 
 def edited(name: str, value: NDArray[np.generic]) -> onnx.ModelProto:

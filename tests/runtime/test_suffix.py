@@ -164,6 +164,20 @@ def _sessions_run(work: Callable[[], object]) -> int:
         return len(calls)
 
 
+def test_a_thin_stem_is_recomputed_by_channel() -> None:
+    """Its weights run with channels of zeros beside them, which are no part of the fault space."""
+    model = graphs.quantized("vgg")
+    with OrtRunner(model, threads=1) as runner:
+        engine = SuffixEngine(runner, graphs.images(model, 4))
+        first = next(m for m in runner.space.memories if m.kind == "weights")
+        assert first.value.shape[1] == 3
+        space = runner.space.select(layers=[first.layer], kinds=["weights"])
+        for index in range(80):
+            assert same_as_full_run(engine, space.flips(np.array([index])))
+        assert engine.work.full == 0
+        assert engine.work.layer_images < 0.8 * engine.work.possible
+
+
 def test_exact_mode_runs_in_full() -> None:
     model = graphs.quantized("vgg")
     with OrtRunner(model, exact=True, threads=1) as runner:
