@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from resq_deploy.bundle import Bundle, BundleWriter
-from resq_deploy.faults import FaultSpace, Flips
+from resq_deploy.faults import FaultSpace, Flips, flip_bits
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.plan import locate
 from resq_deploy.runtime.trt import TrtRunner
@@ -88,15 +88,13 @@ def some_flips(space: FaultSpace, count: int = 300, seed: int = 0) -> Flips:
     return weights.flips(np.sort(draws))
 
 
-def with_flips(flips: Flips) -> onnx.ModelProto:
+def with_flips(flips: Flips, golden: onnx.ModelProto = MODEL) -> onnx.ModelProto:
     """The graph with the flips in its initializers: what every backend must compute."""
     model = onnx.ModelProto()
-    model.CopyFrom(MODEL)
+    model.CopyFrom(golden)
     for tensor in model.graph.initializer:
         if tensor.name in flips:
             value = onnx.numpy_helper.to_array(tensor).copy()
-            value.reshape(-1).view(np.uint8)[flips[tensor.name].elements] ^= flips[
-                tensor.name
-            ].masks
+            flip_bits(value, flips[tensor.name])
             tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
     return model
