@@ -141,6 +141,20 @@ class _Recorded(click.Command):
 )
 @click.option("--eps", default="8/255", show_default=True, help="L-inf, in pixels of [0, 1].")
 @click.option("--attack-samples", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--attack-faulty",
+    type=_words,
+    metavar="LIST",
+    default="",
+    help="Bit error rates under which to attack by PGD, or NAME@BER: 1e-3,apgd@1e-2.",
+)
+@click.option(
+    "--faulty-trials",
+    type=click.IntRange(1, 10_000),
+    default=8,
+    show_default=True,
+    help="Draws of faults, each attacked anew.",
+)
 @click.option("--force", is_flag=True, help="Overwrite the bundle, or a plan in it.")
 @engine_options
 @common_options
@@ -208,7 +222,7 @@ def show(bundle: Bundle) -> None:
     for name, decibel in metrics.sqnr_db.items():
         table.add_row(f"SQNR of {name}", "", f"{decibel:.1f} dB")
     for name, attack in manifest.attacks.items():
-        rates = [f"{attack.transfer.get(key, 0.0):.1%}" for key in ("fp32", "int8")]
+        rates = [_rate(attack.transfer.get(key)) for key in ("fp32", "int8")]
         table.add_row(f"{name} succeeds (eps {attack.eps * 255:.3g}/255)", *rates)
     sizes = [f"{manifest.files[name].size / 1e6:.2f} MB" for name in (FP32, INT8)]
     table.add_row("size", *sizes)
@@ -218,6 +232,10 @@ def show(bundle: Bundle) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
     console.print(_stays_float(bundle))
+
+
+def _rate(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _stays_float(bundle: Bundle) -> str:

@@ -26,7 +26,7 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.export import describe, graph, halves, qdq, rules, samples
+from resq_deploy.export import describe, graph, halves, joint, qdq, rules, samples
 from resq_deploy.export.adjust import DESIGN_BER
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
@@ -76,6 +76,8 @@ def export_model(
     attacks: Sequence[str] = ("fgsm", "pgd"),
     eps: float | str = EPS,
     attack_samples: int = ATTACK_SAMPLES,
+    attack_faulty: Sequence[str | float] = (),
+    faulty_trials: int = joint.TRIALS,
     seed: int = 0,
     force: bool = False,
     reporter: Reporter | None = None,
@@ -90,7 +92,8 @@ def export_model(
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
     to bit flips at `design_ber`. `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
-    `attack_samples` of the held-out sample.
+    `attack_samples` of the held-out sample. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
+    inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
     `command`: what the manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
     Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
@@ -100,6 +103,8 @@ def export_model(
     check_free(target, force=force)
     wanted = requests(targets, batch, sm, engine or EngineOptions())
     _check_request(attacks, eps)
+    faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
+    attacks = tuple(dict.fromkeys((*map(white_box, attacks), *(f.attack for f in faulty))))
     loaded = load_model(
         model,
         arch=arch,
@@ -125,6 +130,11 @@ def export_model(
         _save_sample(writer, EVAL, drawn.held_out)
         exposed = drawn.held_out.take(attack_samples)
         crafted = dict(_attacks(writer, fp32, made.int8, exposed, attacks, eps, seed, say))
+        for name, moved, account in joint.sets(
+            made.int8, made.deployed, exposed, faulty, eps, faulty_trials, seed, say
+        ):
+            _save_sample(writer, f"attacks/{name}.npz", moved)
+            crafted[name] = account | {"model_sha256": sha256_of(writer.dir / INT8)}
         engines = add_requested(writer.dir, writer.dir / INT8, wanted, say)
         return writer.finish(
             {

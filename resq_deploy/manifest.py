@@ -101,8 +101,31 @@ class Adjustment(Strict):
     measured: dict[str, Any] = {}
 
 
+class FaultyMemory(Strict):
+    """The faults that inputs were crafted against: trials 0 to `trials` - 1 of a fault model and a seed.
+
+    `flips`: 16 hex digits of the sha256 of each trial's flips, so that a replay knows that it has the same.
+    """
+
+    model: str
+    where: tuple[str, ...] = ("weights",)
+    seed: int = Field(ge=0)
+    trials: int = Field(ge=1)
+    flips: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...]
+
+    @model_validator(mode="after")
+    def _each(self) -> FaultyMemory:
+        if len(self.flips) != self.trials:
+            raise ValueError("not one digest of flips for each trial")
+        return self
+
+
 class Attack(Strict):
-    """One stored set of adversarial inputs: attacks/NAME.npz."""
+    """One stored set of adversarial inputs: attacks/NAME.npz.
+
+    `faulty`: crafted anew against each of these faults, trial after trial on the same images; None: against golden
+    memory.
+    """
 
     attack: str
     norm: Literal["linf", "l2"]
@@ -112,6 +135,7 @@ class Attack(Strict):
     model_sha256: Sha256
     samples: int = Field(ge=1)
     transfer: dict[str, float] = {}
+    faulty: FaultyMemory | None = None
 
 
 class Engine(Strict):
@@ -124,6 +148,7 @@ class Engine(Strict):
     version: str
     built_for: dict[str, Any]
     coverage: Share | None = None
+    unlocated: dict[str, str] = {}
 
 
 class FileEntry(Strict):
@@ -148,7 +173,6 @@ class Manifest(Strict):
     """The whole of manifest.json."""
 
     schema_version: Literal[1] = 1
-    unlocated: dict[str, str] = {}
     name: str
     arch: str
     input: Input

@@ -76,11 +76,23 @@ def figure_name(name: str, eps: float, norm: str = "linf") -> str:
     return f"robust@{name},eps={format_eps(eps)}" + ("" if norm == "linf" else f",norm={norm}")
 
 
+def plain(bundle: Bundle) -> dict[str, Attack]:
+    """Stored attacks that were crafted against golden memory; the others are faulty.py's."""
+    return {name: a for name, a in bundle.manifest.attacks.items() if a.faulty is None}
+
+
 def check_names(bundle: Bundle, names: Iterable[str]) -> None:
     """Raise AttackError unless each is a stored attack of this bundle or a black box; before any long work."""
+    known = plain(bundle)
     for name in names:
-        if name not in bundle.manifest.attacks and parse_attack(name) not in BLACK_BOX:
-            stored = ", ".join(bundle.manifest.attacks) or "none"
+        if name in known:
+            continue
+        if name in bundle.manifest.attacks:
+            raise AttackError(
+                f"{name} was crafted against faulty memory", "--joint runs it under its faults"
+            )
+        if parse_attack(name) not in BLACK_BOX:
+            stored = ", ".join(known) or "none"
             raise AttackError(
                 f"{name} needs gradients, and is not stored in {bundle.path}",
                 f"stored: {stored}; craft it with resq-export, or choose {' or '.join(BLACK_BOX)}",
@@ -105,10 +117,11 @@ def evaluate(
     held-out sample. `eps`, `norm`: of black boxes; eps None: that of the first stored attack in this norm, else 8/255.
     Raises AttackError, BundleError.
     """
-    wanted = list(bundle.manifest.attacks) if names is None else list(names)
+    known = plain(bundle)
+    wanted = list(known) if names is None else list(names)
     check_names(bundle, wanted)
-    done = [replay(runner, bundle, name) for name in wanted if name in bundle.manifest.attacks]
-    fresh = [parse_attack(name) for name in wanted if name not in bundle.manifest.attacks]
+    done = [replay(runner, bundle, name) for name in wanted if name in known]
+    fresh = [parse_attack(name) for name in wanted if name not in known]
     if fresh:
         images = sample or (done[0].clean if done else bundle.eval_sample())
         budget = Budget(norm, default_eps(bundle, norm) if eps is None else eps)
@@ -130,7 +143,7 @@ def evaluate(
 
 def default_eps(bundle: Bundle, norm: Norm = "linf") -> float:
     """The budget of black boxes where none is given: that of the first stored attack in this norm, else 8/255."""
-    stored = (a.eps for a in bundle.manifest.attacks.values() if a.norm == norm)
+    stored = (a.eps for a in plain(bundle).values() if a.norm == norm)
     return next(stored, DEFAULT_EPS)
 
 

@@ -10,6 +10,7 @@ import click
 
 from resq_deploy import console
 from resq_deploy.runtime import settings as s
+from resq_deploy.runtime.corruptions import IMAGES
 from resq_deploy.runtime.runner import BACKENDS
 
 EPILOG = """\b
@@ -18,6 +19,7 @@ Examples:
   resq-validate model.resq --ber 1e-4 --trials 100 --require 'accuracy@ber=1e-4 >= 0.85'
   resq-validate model.resq --faults seu,mbu:4 --bits 7 --layers 'layer4.*'
   resq-validate model.resq --attack pgd,square --eps 8/255 --joint -o evidence
+  resq-validate model.resq --corruptions weather,blur --severities 1,3,5
 """
 
 
@@ -68,6 +70,17 @@ Examples:
 )
 @click.option("--eps", help="Budget of black-box attacks, in pixels of [0, 1]: 8/255.")
 @click.option("--joint", is_flag=True, help="Faults on adversarial inputs too.")
+@click.option(
+    "--corruptions", help="Common corruptions: all, noise, blur, weather, digital, fog, ..."
+)
+@click.option("--severities", default="1-5", show_default=True, help="Of corruptions: 1-5, or 3,5.")
+@click.option(
+    "--corruption-samples",
+    type=int,
+    default=IMAGES,
+    show_default=True,
+    help="Images of each corruption.",
+)
 @click.option(
     "--require",
     "require",

@@ -16,6 +16,7 @@ from resq_deploy.memory import fault_space
 from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report import Report, read_report
 from resq_deploy.report.files import JSON
+from resq_deploy.runtime import attacks, faulty
 from resq_deploy.runtime.plan import PlanMap, locate
 from resq_deploy.runtime.settings import report_folder
 from resq_deploy.signing import SIGNATURE, fingerprint
@@ -135,8 +136,8 @@ def verify_bundle(path: str | os.PathLike[str], key: str | os.PathLike[str] | No
     """
     bundle = Bundle.open(path, key=key)
     bundle.eval_sample()
-    for name in bundle.manifest.attacks:
-        bundle.attack_sample(name)
+    for name, attack in bundle.manifest.attacks.items():
+        (faulty.stored if attack.faulty else attacks.stored)(bundle, name)
     engines = {name: _engine(bundle, name).coverage for name in bundle.manifest.engines}
     signed = (bundle.path / SIGNATURE).is_file()
     listed = {*bundle.manifest.files, MANIFEST, SIGNATURE}

@@ -24,56 +24,66 @@ from resq_deploy.bundle import Sample
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, MissingExtra
 from resq_deploy.metrics import top1
-from resq_deploy.report.model import Figure
+from resq_deploy.report.model import Corruption, Figure
 from resq_deploy.runtime.runner import Images, Runner
 from resq_deploy.statistics import Tally, wilson
 
-CORRUPTIONS = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
+GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)
 SEVERITIES = (1, 2, 3, 4, 5)
+IMAGES = 256  # a corruption of one image takes milliseconds, and there are 75 of them
 MEAN = "accuracy@corruptions"
 _SMALLEST = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Corrupted:
-    """Accuracy on one corruption at one severity."""
-
-    corruption: str
-    severity: int
-    accuracy: Figure
-
-    @property
-    def figure_name(self) -> str:
-        """How figures name it: `accuracy@corruption=fog,severity=3`."""
-        return f"accuracy@corruption={self.corruption},severity={self.severity}"
-
-
-@dataclass(frozen=True, slots=True)
 class CorruptionResult:
-    """All that were run. `mean`: over corruptions and severities, with the images as the sample."""
+    """All that were run, by name of figure, and cell by cell.
 
-    cells: tuple[Corrupted, ...]
-    mean: Figure
+    `figures`: each corruption at each severity, each over its severities, and the mean over all. The
+    intervals of means count images, not (image, corruption) pairs, which are not independent.
+    """
 
-    def figures(self) -> dict[str, Figure]:
-        """By name, as requirements use them."""
-        return {**{cell.figure_name: cell.accuracy for cell in self.cells}, MEAN: self.mean}
+    cells: tuple[Corruption, ...]
+    figures: dict[str, Figure]
+
+
+def figure_names(names: Sequence[str], severities: Sequence[int]) -> tuple[str, ...]:
+    """Names of the figures of these corruptions, in the order of the report; none where there are none."""
+    if not names:
+        return ()
+    cells = (cell_name(name, severity) for name in names for severity in severities)
+    return (MEAN, *(f"accuracy@corruption={name}" for name in names), *cells)
+
+
+def cell_name(name: str, severity: int) -> str:
+    """How figures name one corruption at one severity: `accuracy@corruption=fog,severity=3`."""
+    return f"accuracy@corruption={name},severity={severity}"
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """`all`, groups (`noise,weather`) or single ones (`fog,snow`) in the order of the paper. Raises DataError."""
+    wanted = {part.strip().lower().replace("-", "_") for part in text.split(",") if part.strip()}
+    known = {"all": CORRUPTIONS, **GROUPS, **{name: (name,) for name in CORRUPTIONS}}
+    for part in sorted(wanted - known.keys()):
+        raise DataError(f"unknown corruption {part!r}", f"one of: {', '.join(known)}")
+    chosen = {name for part in wanted for name in known[part]}
+    return tuple(name for name in CORRUPTIONS if name in chosen)
+
+
+def check(names: Sequence[str], severities: Sequence[int], shape: tuple[int, int, int]) -> None:
+    """Raise DataError or MissingExtra unless these can be run on images of this shape; before any long work."""
+    for name in names:
+        for severity in severities:
+            _check(name, severity)
+    if names:
+        _check_channels(shape)
+        _package()
 
 
 def evaluate(
@@ -87,22 +97,40 @@ def evaluate(
     reporter: Reporter | None = None,
 ) -> CorruptionResult:
     """Accuracy of the artifact on corrupted images. Raises DataError, MissingExtra."""
-    wanted = [(name, severity) for name in names for severity in severities]
-    for name, severity in wanted:
-        _check(name, severity)
-    right = np.zeros((len(wanted), len(sample)), dtype=bool)
-    cells = []
-    with (reporter or Reporter()).task("corruptions", len(wanted), "of them") as task:
-        for row, (name, severity) in enumerate(wanted):
-            images = corrupt(sample.images, name, severity, seed=seed)
-            right[row] = top1(runner(images)) == sample.labels
-            found = wilson(int(right[row].sum()), len(sample), confidence)
-            cells.append(Corrupted(name, severity, Figure(**asdict(found))))
+    check(names, severities, runner.shape)
+    right = np.zeros((len(names), len(severities), len(sample)), dtype=bool)
+    with (reporter or Reporter()).task("corruptions", right[..., 0].size, "of them") as task:
+        for place in np.ndindex(*right.shape[:2]):
+            images = corrupt(sample.images, names[place[0]], severities[place[1]], seed=seed)
+            right[place] = top1(runner(images)) == sample.labels
             task.advance(1)
-    each = Tally(len(wanted))
-    for hits in right.sum(axis=0):
-        each.add(int(hits))
-    return CorruptionResult(tuple(cells), Figure(**asdict(each.estimate(confidence))))
+    found = [
+        *([_mean(right, confidence)] if names else []),
+        *(_mean(each, confidence) for each in right),
+        *(_share(cell, confidence) for row in right for cell in row),
+    ]
+    figures = dict(zip(figure_names(names, severities), found, strict=True))
+    return CorruptionResult(
+        tuple(
+            Corruption(corruption=n, severity=s, accuracy=figures[cell_name(n, s)])
+            for n in names
+            for s in severities
+        ),
+        figures,
+    )
+
+
+def _share(right: NDArray[np.bool_], confidence: float) -> Figure:
+    return Figure(**asdict(wilson(int(right.sum()), right.size, confidence)))
+
+
+def _mean(right: NDArray[np.bool_], confidence: float) -> Figure:
+    """The mean over corruptions; each image, the last axis, is one observation."""
+    each = right.reshape(-1, right.shape[-1])
+    tally = Tally(len(each))
+    for hits in each.sum(axis=0):
+        tally.add(int(hits))
+    return Figure(**asdict(tally.estimate(confidence)))
 
 
 def corrupt(images: Images, name: str, severity: int, *, seed: int = 0) -> NDArray[np.float32]:
@@ -111,8 +139,9 @@ def corrupt(images: Images, name: str, severity: int, *, seed: int = 0) -> NDArr
     Image i of a seed is corrupted the same way on every call. Raises DataError, MissingExtra.
     """
     _check(name, severity)
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise DataError(f"images of shape {images.shape} cannot be corrupted", "1 or 3 channels")
+    if images.ndim != 4:
+        raise DataError(f"images of shape {images.shape}", "[N, C, H, W]")
+    _check_channels(images.shape[1:])
     package = _package()
     height, width = images.shape[2:]
     below, right = max(_SMALLEST - height, 0), max(_SMALLEST - width, 0)
@@ -132,6 +161,11 @@ def _check(name: str, severity: int) -> None:
         raise DataError(f"unknown corruption {name!r}", f"one of: {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise DataError(f"a severity of {severity}", "1 to 5")
+
+
+def _check_channels(shape: tuple[int, ...]) -> None:
+    if shape[0] not in (1, 3):
+        raise DataError(f"images of shape {shape} cannot be corrupted", "1 or 3 channels")
 
 
 @lru_cache(maxsize=1)

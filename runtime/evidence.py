@@ -119,6 +119,19 @@ def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[s
     return tuple(said)
 
 
+def not_attacked(bundle: Bundle, *, joint: bool) -> tuple[str, ...]:
+    """Whether an attacker who knows which bits flipped was looked at."""
+    stored = [name for name, a in bundle.manifest.attacks.items() if a.faulty is not None]
+    if stored and not joint:
+        return (f"Attacks that know the faults: {_some(stored)} are stored; --joint runs them.",)
+    if joint and not stored:
+        return (
+            "Attacks that know which bits flipped: the inputs were crafted for memory without faults. "
+            "resq-export --attack-faulty crafts others.",
+        )
+    return ()
+
+
 def _some(names: Sequence[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

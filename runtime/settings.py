@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resq_deploy.errors import CampaignError, FaultError
+from resq_deploy.errors import CampaignError, DataError, FaultError
 from resq_deploy.faults import KINDS
+from resq_deploy.runtime.corruptions import IMAGES, SEVERITIES, parse_names
 
 DEFAULT_BER = (1e-5, 1e-4, 1e-3)
 
@@ -21,6 +22,7 @@ class Settings:
     runs (None: 256). `ber`, `faults`: fault models, one campaign each. `where`, `layers`, `bits`: the
     fault space they draw from. `trials` per campaign (None: until the interval is within `margin`).
     `attacks`: names (None: all that the bundle stores). `joint`: campaigns on adversarial inputs too.
+    `corruptions`: names of runtime/corruptions.py, at these `severities`, on `corruption_samples` images.
     """
 
     backend: str = "ort"
@@ -39,6 +41,9 @@ class Settings:
     attacks: tuple[str, ...] | None = None
     eps: float | None = None
     joint: bool = False
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = SEVERITIES
+    corruption_samples: int = IMAGES
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -53,6 +58,8 @@ class Settings:
             raise CampaignError(f"{self.trials} trials", "at least 1, or auto")
         if self.samples is not None and self.samples < 1:
             raise CampaignError(f"{self.samples} images a trial", "at least 1")
+        if self.corruption_samples < 1:
+            raise CampaignError(f"{self.corruption_samples} images a corruption", "at least 1")
         for kind in self.where:
             if kind not in KINDS:
                 raise FaultError(f"unknown kind of memory {kind!r}", f"one of: {', '.join(KINDS)}")
@@ -69,17 +76,31 @@ class Settings:
 
 def parse_bits(text: str) -> tuple[int, ...]:
     """`7`, `0-6` or `0-3,7` to bit positions. Raises FaultError."""
-    bits = set[int]()
+    bits = _parse_ranges(text)
+    if bits is None:
+        raise FaultError(f"bits {text!r} cannot be read", "such as 7, 0-6 or 0-3,7")
+    if bits[-1] > 63:
+        raise FaultError(f"bits {text!r} are not a range of bit positions", "such as 0-6")
+    return bits
+
+
+def parse_severities(text: str) -> tuple[int, ...]:
+    """`3`, `1-5` or `1,3,5` to severities of corruptions. Raises DataError."""
+    found = _parse_ranges(text)
+    if found is None or not set(found) <= set(SEVERITIES):
+        raise DataError(f"severities {text!r} cannot be read", "1 to 5, such as 3, 1-5 or 1,3,5")
+    return found
+
+
+def _parse_ranges(text: str) -> tuple[int, ...] | None:
+    """`0-3,7` to the numbers it means, rising; None where it cannot be read."""
+    numbers = set[int]()
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,2})(?:-(\d{1,2}))?\s*", part)
-        if not found:
-            raise FaultError(f"bits {text!r} cannot be read", "such as 7, 0-6 or 0-3,7")
-        first = int(found[1])
-        last = int(found[2] or first)
-        if last < first or last > 63:
-            raise FaultError(f"bits {text!r} are not a range of bit positions", "such as 0-6")
-        bits |= set(range(first, last + 1))
-    return tuple(sorted(bits))
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            return None
+        numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(sorted(numbers))
 
 
 def parse_trials(text: str) -> int | None:
@@ -130,6 +151,9 @@ def from_text(**given: Any) -> Settings:
         attacks=parse_list(given["attacks"]) if given["attacks"] is not None else None,
         eps=parse_eps(given["eps"]) if given["eps"] else None,
         joint=given["joint"],
+        corruptions=parse_names(given["corruptions"] or ""),
+        severities=parse_severities(given["severities"]),
+        corruption_samples=given["corruption_samples"],
         seed=given["seed"],
     )
 

@@ -20,8 +20,8 @@ from resq_deploy.fault_models import FaultModel, parse
 from resq_deploy.faults import FaultSpace
 from resq_deploy.metrics import top1
 from resq_deploy.report import Report, write_report
-from resq_deploy.report.model import AttackResult, Campaign, Figure
-from resq_deploy.runtime import attacks, evidence, sanity
+from resq_deploy.report.model import AttackResult, Campaign, Corruption, Figure, JointAttack
+from resq_deploy.runtime import attacks, corruptions, evidence, faulty, sanity
 from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
 from resq_deploy.runtime.images import labelled, sample_digest
@@ -64,7 +64,8 @@ def validate_bundle(
     if asked.fault_list:
         models.append(read_fault_list(asked.fault_list))
     labels = attack_labels(bundle, asked)
-    requirements.check(wanted, figure_names(models, labels, joint=asked.joint))
+    corruptions.check(asked.corruptions, asked.severities, bundle.manifest.input.shape)
+    requirements.check(wanted, _all_names(bundle, asked, models, labels))
     folder = _folder(output, resume=resume, force=force)
     sample = labelled(bundle, asked.data)
 
@@ -74,10 +75,13 @@ def validate_bundle(
         )
         run.golden()
         run.attacks()
+        if asked.joint:
+            run.aware()
         run.faults(CLEAN, sample)
         if asked.joint:
             for label, moved in run.adversarial.items():
                 run.faults(label, moved)
+        run.corruptions()
         report = run.report(wanted, command)
     if folder is not None:
         write_report(report, folder)
@@ -98,6 +102,18 @@ def figure_names(
     return tuple(names)
 
 
+def _all_names(
+    bundle: Bundle, asked: Settings, models: Iterable[FaultModel], labels: Sequence[str]
+) -> tuple[str, ...]:
+    """Those, and what a bundle's inputs against faulty memory and common corruptions add."""
+    sets = faulty.sets(bundle, asked.attacks) if asked.joint else ()
+    return (
+        *figure_names(models, labels, joint=asked.joint),
+        *(faulty.figure_name(bundle.manifest.attacks[name]) for name in sets),
+        *corruptions.figure_names(asked.corruptions, asked.severities),
+    )
+
+
 @dataclass(slots=True, eq=False)
 class Validation:
     """One validation under way: what it works on, and what it has found so far."""
@@ -114,6 +130,8 @@ class Validation:
     figures: dict[str, Figure] = field(default_factory=dict)
     campaigns: list[Campaign] = field(default_factory=list)
     attacked: list[AttackResult] = field(default_factory=list)
+    known: list[JointAttack] = field(default_factory=list)
+    corrupted: tuple[Corruption, ...] = ()
     adversarial: dict[str, Sample] = field(default_factory=dict)
 
     @property
@@ -154,6 +172,19 @@ class Validation:
             self.attacked.append(found)
             self.adversarial[label] = attacked.sample
 
+    def aware(self) -> None:
+        """Replay inputs that were crafted against faulty memory, with the same faults in it."""
+        for name in faulty.sets(self.bundle, self.settings.attacks):
+            found = faulty.evaluate(
+                self.runner,
+                self.bundle,
+                name,
+                confidence=self.settings.confidence,
+                reporter=self.reporter,
+            )
+            self.known.append(found)
+            self.figures[faulty.figure_name(self.bundle.manifest.attacks[name])] = found.aware
+
     def faults(self, on: str, images: Sample) -> None:
         """Run every fault model's campaign on these images."""
         few = images.take(self.settings.samples or TRIAL_IMAGES)
@@ -182,6 +213,23 @@ class Validation:
                 names = evidence.campaign_names(job.model.name, on)
                 self._keep(evidence.campaign(found, on), names)
 
+    def corruptions(self) -> None:
+        """Run the common corruptions that were asked for."""
+        asked = self.settings
+        if not asked.corruptions:
+            return
+        found = corruptions.evaluate(
+            self.runner,
+            self.sample.take(asked.corruption_samples),
+            asked.corruptions,
+            asked.severities,
+            confidence=asked.confidence,
+            seed=asked.seed,
+            reporter=self.reporter,
+        )
+        self.corrupted = found.cells
+        self.figures |= found.figures
+
     def report(self, wanted: Iterable[requirements.Expression], command: Sequence[str]) -> Report:
         """What was found, with the verdict on each requirement."""
         return Report(
@@ -196,9 +244,14 @@ class Validation:
             accuracy=self.figures["accuracy"],
             campaigns=tuple(self.campaigns),
             attacks=tuple(self.attacked),
+            joint=tuple(self.known),
+            corruptions=self.corrupted,
             figures=self.figures,
             requirements=requirements.judge(wanted, self.figures),
-            not_covered=evidence.not_covered(self.bundle, self.runner.space, self.space),
+            not_covered=(
+                *evidence.not_covered(self.bundle, self.runner.space, self.space),
+                *evidence.not_attacked(self.bundle, joint=self.settings.joint),
+            ),
             provenance=evidence.provenance(self.settings.as_json(), command, self.bundle),
         )
 
@@ -247,7 +300,7 @@ def campaign_key(model: str, on: str) -> str:
 
 def attack_labels(bundle: Bundle, settings: Settings) -> tuple[str, ...]:
     """Labels of the attacks that will run, as figures carry them. Raises AttackError for unknown ones."""
-    stored = bundle.manifest.attacks
+    stored = attacks.plain(bundle)
     names = list(stored) if settings.attacks is None else list(settings.attacks)
     attacks.check_names(bundle, names)
     eps = settings.eps or attacks.default_eps(bundle)

@@ -10,6 +10,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from resq_deploy.bundle import INT8, Bundle, BundleWriter, sha256_of
+from resq_deploy.fault_models import parse
+from resq_deploy.faults import FaultSpace
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.plan import locate
 from tests.runtime.graphs import NETS, images, quantize
@@ -19,9 +21,12 @@ ZERO = "0" * 64
 
 
 def write_bundle(
-    path: Path, net: str = "resnet", *, count: int = 12, force: bool = False
+    path: Path, net: str = "resnet", *, count: int = 12, force: bool = False, faulty: bool = False
 ) -> Bundle:
-    """A bundle of one of `graphs.NETS`, with a stored attack and an engine that no GPU ever built."""
+    """A bundle of one of `graphs.NETS`, with a stored attack and an engine that no GPU ever built.
+
+    `faulty`: with inputs of the same attack "against" two draws of faults, too.
+    """
     float_model = NETS[net](0)
     sample = images(float_model, count)
     model = quantize(float_model, sample)
@@ -35,6 +40,15 @@ def write_bundle(
         (writer.dir / "model.fp32.onnx").write_bytes(float_model.SerializeToString())
         writer.save_npz("eval.npz", x=sample, y=labels)
         writer.save_npz("attacks/noise.npz", x=1 - sample, y=labels, index=np.arange(count))
+        stored = {"noise": _attack(count, sha256_of(writer.dir / INT8))}
+        if faulty:
+            each = {"y": np.tile(labels, 2), "index": np.tile(np.arange(count), 2)}
+            moved = np.concatenate([1 - sample, sample])
+            writer.save_npz("attacks/noise@ber=1e-2.npz", x=moved, **each)
+            stored["noise@ber=1e-2"] = stored["noise"] | {
+                "samples": 2 * count,
+                "faulty": faulty_memory(space),
+            }
         (writer.dir / "engines").mkdir()
         plan = fake_plan([packed(c, "acdb" if c.ndim == 4 else "ab") for c in codes.values()])
         (writer.dir / "engines" / "host.plan").write_bytes(plan)
@@ -43,9 +57,16 @@ def write_bundle(
         return writer.finish(
             _manifest(net, sample, codes, {m.name: m.layer for m in space.memories})
             | {"engines": {"host": _engine(found.coverage)}}
-            | {"attacks": {"noise": _attack(count, sha256_of(writer.dir / INT8))}}
+            | {"attacks": stored}
             | {"classes": [f"class {i}" for i in range(logits.shape[1])]}
         )
+
+
+def faulty_memory(space: FaultSpace) -> dict[str, Any]:
+    """Two trials at a bit error rate of 1e-2."""
+    model, part = parse("ber:0.01"), space.select(("weights",))
+    digests = [model.trial(part, 0, i).flips.digest()[:16] for i in range(2)]
+    return {"model": "ber:0.01", "seed": 0, "trials": 2, "flips": digests}
 
 
 def _manifest(

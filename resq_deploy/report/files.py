@@ -16,7 +16,7 @@ from resq_deploy import strict_json
 from resq_deploy.errors import ResqError
 from resq_deploy.report import page, words
 from resq_deploy.report.markup import clean
-from resq_deploy.report.model import Campaign, Figure, Report, Vulnerability
+from resq_deploy.report.model import Campaign, Figure, JointAttack, Report, Vulnerability
 
 JSON = "report.json"
 HTML = "report.html"
@@ -41,7 +41,7 @@ def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
     """Write every face of a report into a folder (made if need be) and return the path of its HTML page.
 
     report.json, report.html, junit.xml, and figures.csv, campaigns.csv, layers.csv, bits.csv, cells.csv,
-    attacks.csv, requirements.csv. Raises ReportError where the folder cannot be written.
+    attacks.csv, joint.csv, corruptions.csv, requirements.csv. Raises ReportError where the folder cannot be written.
     """
     folder = Path(directory)
     try:
@@ -138,6 +138,14 @@ def tables(report: Report) -> dict[str, list[Row]]:
                 for a in report.attacks
             ),
         ],
+        "joint": _joint(report.joint),
+        "corruptions": [
+            ("corruption", "severity", *(f"accuracy_{end}" for end in _ENDS), "images"),
+            *(
+                (c.corruption, c.severity, *_ends(c.accuracy), c.accuracy.n)
+                for c in report.corruptions
+            ),
+        ],
         "requirements": [
             (*_REQUIREMENT, *_VERDICT),
             *(
@@ -157,6 +165,16 @@ def _campaigns(campaigns: Iterable[Campaign]) -> list[Row]:
         for c in campaigns
     ]
     return [head, *rows]
+
+
+def _joint(found: Iterable[JointAttack]) -> list[Row]:
+    plain = ("name", "attack", "norm", "eps", "fault", "trials", "images", "flips")
+    shares = ("clean", "unaware", "aware")
+    rows: list[Row] = [(*plain, *(f"{share}_{end}" for share in shares for end in _ENDS))]
+    for j in found:
+        known = (_ends(f) if (f := getattr(j, share)) else ("", "", "") for share in shares)
+        rows.append((*(getattr(j, key) for key in plain), *(end for ends in known for end in ends)))
+    return rows
 
 
 def _vulnerabilities(

@@ -1,7 +1,7 @@
 """The report: everything one validation found, as data. JSON, CSV, JUnit, HTML and the terminal table are faces of it.
 
 Figures are named as requirements name them: `accuracy`, `accuracy@ber=1e-4`, `sdc1@seu`, `robust@pgd,eps=8/255`,
-`robust@pgd,eps=8/255@ber=1e-4`.
+`robust@pgd,eps=8/255@ber=1e-4`, `robust@pgd,eps=8/255,aware@ber=1e-4`, `accuracy@corruption=fog,severity=3`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,37 @@ class AttackResult(Strict):
     warnings: tuple[str, ...] = ()
 
 
+class JointAttack(Strict):
+    """An attacker who knows which bits flipped: inputs crafted anew for each faulty network, run with the same faults.
+
+    Three shares of the same images and trials that are right on the faulty artifact: `clean` unattacked, `unaware`
+    under inputs crafted for golden memory, `aware` under those crafted for these very faults.
+    """
+
+    name: str
+    attack: str
+    norm: str
+    eps: float = Field(ge=0.0, le=1e6)
+    crafted_through: str
+    fault: str
+    where: dict[str, Any]
+    trials: int
+    images: int
+    flips: int
+    clean: Figure
+    unaware: Figure | None
+    aware: Figure
+    parameters: dict[str, Any] = {}
+
+
+class Corruption(Strict):
+    """Accuracy on a common corruption (ImageNet-C's, 1903.12261) at one of its severities, 1 to 5."""
+
+    corruption: str
+    severity: int = Field(ge=1, le=5)
+    accuracy: Figure
+
+
 class Requirement(Strict):
     """One `--require` expression and what became of it.
 
@@ -137,6 +168,8 @@ class Report(Strict):
     accuracy: Figure
     campaigns: tuple[Campaign, ...] = ()
     attacks: tuple[AttackResult, ...] = ()
+    joint: tuple[JointAttack, ...] = ()
+    corruptions: tuple[Corruption, ...] = ()
     figures: dict[str, Figure]
     requirements: tuple[Requirement, ...] = ()
     not_covered: tuple[str, ...] = ()

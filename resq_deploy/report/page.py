@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from resq_deploy.report import curves, evidence, sections
+from resq_deploy.report import curves, evidence, matrix, sections
 from resq_deploy.report.markup import Safe, tag
 from resq_deploy.report.model import Report
 
@@ -14,6 +14,7 @@ _PARTS = (
     ("outcomes", "Outcomes"),
     ("weak", "Vulnerability"),
     ("attacks", "Attacks"),
+    ("corruptions", "Corruptions"),
     ("coverage", "Coverage"),
     ("figures", "All figures"),
     ("provenance", "Provenance"),
@@ -31,6 +32,7 @@ def render(report: Report) -> str:
         sections.outcomes(report),
         evidence.vulnerability(report),
         sections.attacks(report),
+        matrix.corruptions(report),
         evidence.coverage(report),
         sections.figures(report),
         evidence.provenance(report),

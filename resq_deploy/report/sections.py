@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from resq_deploy.report import words
-from resq_deploy.report.curves import GOLDEN, golden
+from resq_deploy.report import matrix, words
 from resq_deploy.report.layout import details, note, section, table
 from resq_deploy.report.markup import Child, Safe, tag
 from resq_deploy.report.model import Campaign, Figure, Report, Requirement
@@ -41,10 +39,10 @@ def summary(report: Report) -> Safe:
     if report.attacks:
         hard = min(report.attacks, key=lambda a: a.robust.mean)
         tiles.append(_tile("Attack", f"robust accuracy, {words.attack_name(hard)}", hard.robust))
-    joint = [c for c in report.campaigns if c.on != "clean"]
-    if joint:
-        both = min(joint, key=lambda c: c.accuracy.mean)
-        tiles.append(_tile("Both at once", words.campaign_name(both), both.accuracy))
+    if (both := words.worst_of_both(report)) is not None:
+        tiles.append(_tile("Both at once", *both))
+    if (natural := report.figures.get("accuracy@corruptions")) is not None:
+        tiles.append(_tile("Corruptions", "accuracy, mean over all", natural))
     return section(
         "summary",
         "In short",
@@ -123,7 +121,7 @@ def attacks(report: Report) -> Safe:
             rows,
         ),
         tag("ul", [tag("li", w) for w in warned], class_="warnings") if warned else None,
-        _joint(report),
+        matrix.both_threats(report),
     )
 
 
@@ -190,52 +188,3 @@ def _tile(title: str, what: str, figure: Figure) -> Safe:
 def stacked(figure: Figure) -> Child:
     """A figure with its interval below it."""
     return (words.mean(figure), tag("small", words.interval(figure)))
-
-
-def _joint(report: Report) -> Child:
-    """Rows: no attack, and each attack. Columns: no fault, and each fault. Cells: accuracy."""
-    cells: dict[tuple[str, str], Figure] = {("clean", ""): report.accuracy}
-    cells |= {(words.attack_name(a), ""): a.robust for a in report.attacks}
-    cells |= {(c.on, ""): f for c in report.campaigns if (f := golden(c)) is not None}
-    cells |= {(c.on, c.fault): c.accuracy for c in report.campaigns}
-    faults = ["", *dict.fromkeys(c.fault for c in report.campaigns if c.on != "clean")]
-    if len(faults) == 1:
-        return None
-    rows = [
-        (_row_name(on), *(_joint_cell(cells.get((on, fault)), report) for fault in faults))
-        for on in dict.fromkeys(on for on, _ in cells)
-    ]
-    return (
-        tag("h3", "Both threats at once"),
-        note(
-            "Accuracy with the attack of the row and the fault of the column; without fault it is the golden "
-            "run of the same images. The stronger the colour, the more is lost against no attack and no "
-            "fault: a step is 10 points."
-        ),
-        tag(
-            "div",
-            table(
-                "Accuracy under attacks and faults together",
-                ("Attack", *(words.fault_name(f) if f else "no fault" for f in faults)),
-                rows,
-            ),
-            class_="matrix",
-        ),
-    )
-
-
-def _row_name(on: str) -> str:
-    return "no attack" if on == "clean" else on
-
-
-def _joint_cell(figure: Figure | None, report: Report) -> Child:
-    if figure is None:
-        return tag("span", "not run", class_="missing")
-    lost = max(report.accuracy.mean - figure.mean, 0.0)
-    shade = f"h{min(math.ceil(lost * 10 - 0.01), 7) if lost else 0}"
-    return tag(
-        "span",
-        tag("b", words.mean(figure)),
-        tag("small", "golden run" if figure.method == GOLDEN else words.interval(figure)),
-        class_=f"cell {shade}",
-    )

@@ -24,6 +24,8 @@ def print_report(
     title = f"{subject.name} ({subject.arch}) on {report.runner.get('backend', '?')}"
     out.print(Text(title, style="bold"))
     out.print(_figures(report))
+    if report.corruptions:
+        out.print(_corruptions(report))
     for line in report.warnings:
         out.print(Text(f"warning: {line}"), soft_wrap=True)
     for line in report.not_covered:
@@ -49,9 +51,29 @@ def _figures(report: Report) -> Table:
     return table
 
 
+def _corruptions(report: Report) -> Table:
+    """A row for each corruption: its accuracy at each severity, and over them."""
+    levels = sorted({c.severity for c in report.corruptions})
+    cells = {(c.corruption, c.severity): c.accuracy for c in report.corruptions}
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("severity of corruption")
+    for level in levels:
+        table.add_column(str(level), justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("interval", justify="right", no_wrap=True)
+    for name in dict.fromkeys(c.corruption for c in report.corruptions):
+        row = (words.percent(cells[name, s].mean) if (name, s) in cells else "" for s in levels)
+        mean = report.figures.get(f"accuracy@corruption={name}")
+        ends = (words.mean(mean), words.interval(mean)) if mean else ("", "")
+        table.add_row(Text(words.corruption_name(name)), *row, *ends)
+    return table
+
+
 def _is_headline(name: str) -> bool:
     """Accuracies, and how often one fault model changes an answer on unaltered images."""
     head, _, rest = name.partition("@")
+    if rest.startswith("corruption="):
+        return False
     return head in ("accuracy", "robust") or (head == "sdc1" and "@" not in rest)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from resq_deploy.budget import format_eps
-from resq_deploy.report.model import AttackResult, Campaign, Figure, Report
+from resq_deploy.report.model import AttackResult, Campaign, Figure, JointAttack, Report
 
 OUTCOMES = {
     "masked": "The logits are the same to the last bit: the fault left no trace.",
@@ -157,7 +157,17 @@ def budget(norm: str, eps: float) -> str:
     return f"{_NORMS.get(norm, norm)} {format_eps(eps)}"
 
 
-def attack_name(attack: AttackResult) -> str:
+def aware_name(attack: JointAttack) -> str:
+    """Inputs that know the faults, as figures name them: `pgd,eps=8/255,aware`."""
+    return f"{attack_name(attack)},aware"
+
+
+def corruption_name(name: str) -> str:
+    """`gaussian_noise` as people write it."""
+    return name.replace("_", " ").replace("jpeg", "JPEG")
+
+
+def attack_name(attack: AttackResult | JointAttack) -> str:
     """An attack as figures name it: `pgd,eps=8/255`, `apgd,eps=0.5,norm=l2`."""
     norm = "" if attack.norm == "linf" else f",norm={attack.norm}"
     return f"{attack.attack},eps={format_eps(attack.eps)}{norm}"
@@ -187,8 +197,10 @@ def campaign_name(campaign: Campaign) -> str:
 
 
 def group_of(name: str) -> str:
-    """Which threat a figure is about, from its name: `clean`, `faults`, `attacks` or `both at once`."""
+    """What a figure is about: `clean`, `faults`, `attacks`, `both at once` or `corruptions`, from its name."""
     head, *parts = name.split("@")
+    if parts and parts[0].startswith("corruption"):
+        return "corruptions"
     if head == "robust":
         return "both at once" if len(parts) > 1 else "attacks"
     return "faults" if parts else "clean"
@@ -222,13 +234,31 @@ def findings(report: Report) -> list[str]:
         f"Under the attack {attack_name(attack)} it still classifies {both(attack.robust)} correctly."
         for attack in sorted(report.attacks, key=lambda a: a.robust.mean)[:1]
     ]
-    joint = [c for c in report.campaigns if c.on != "clean"]
-    if joint:
-        least = min(joint, key=lambda c: c.accuracy.mean)
-        said.append(
-            f"With both at once, {least.on} and {fault_words(least.fault)}, {both(least.accuracy)}."
-        )
-    return said
+    if (least := worst_of_both(report)) is not None:
+        said.append(f"With both at once, {least[0]}, it classifies {both(least[1])} correctly.")
+    return said + _natural_findings(report)
+
+
+def worst_of_both(report: Report) -> tuple[str, Figure] | None:
+    """The lowest accuracy with attack and faults together, and what they were; None where that was not run."""
+    found = [(campaign_name(c), c.accuracy) for c in report.campaigns if c.on != "clean"]
+    found += [
+        (f"{fault_name(j.fault)}, on {attack_name(j)} by one who knows the flipped bits", j.aware)
+        for j in report.joint
+    ]
+    return min(found, key=lambda pair: pair[1].mean, default=None)
+
+
+def _natural_findings(report: Report) -> list[str]:
+    mean_of_all = report.figures.get("accuracy@corruptions")
+    if not report.corruptions or mean_of_all is None:
+        return []
+    least = min(report.corruptions, key=lambda c: c.accuracy.mean)
+    return [
+        f"On corrupted images (noise, blur, weather, compression) it classifies {both(mean_of_all)} correctly "
+        f"on average, and least with {corruption_name(least.corruption)} at severity {least.severity}: "
+        f"{both(least.accuracy)}."
+    ]
 
 
 def _fault_findings(report: Report) -> list[str]:

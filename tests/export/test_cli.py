@@ -20,6 +20,8 @@ from resq_deploy.errors import BundleError
 from resq_deploy.export import pipeline
 from resq_deploy.export.cli import export, main
 from resq_deploy.export.engine_options import EngineOptions
+from resq_deploy.runtime.faulty import evaluate
+from resq_deploy.runtime.runner import open_runner
 from tests.helpers import Bomb, checkpoint, images, save_npz
 
 FAST = ("--attack", "none", "--no-adjust", "--calib-samples", "32", "--eval-samples", "24")
@@ -71,6 +73,22 @@ def test_json_is_one_object_and_quiet_is_quiet(
     assert capsys.readouterr() == ("", "")
 
 
+def test_attacks_that_know_the_faults_travel_with_the_bundle(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--attack", "fgsm", "--attack-faulty", "1e-2", "--faulty-trials", "2"]
+    assert run(export, [str(model), *FAST, *asked, "--attack-samples", "6"]) == OK
+    assert "pgd@ber=1e-2 succeeds" in capsys.readouterr().out
+    made = bundle.Bundle.open(model.with_suffix(".resq"))
+    assert list(made.manifest.attacks) == ["fgsm", "pgd", "pgd@ber=1e-2"]
+    with open_runner(made) as runner:
+        found = evaluate(runner, made, "pgd@ber=1e-2")
+    assert (found.trials, found.images) == (2, 6)
+    assert found.unaware is not None
+    rate = made.manifest.attacks["pgd@ber=1e-2"].transfer["int8"]
+    assert rate == pytest.approx(1 - found.aware.mean / max(found.clean.mean, 1e-9))
+
+
 def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -84,7 +102,8 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         " --input-shape 3x32x48 --mean 0.1,0.2,0.3 --std 1,2,3 --calib a.npz --calib-samples 7"
         " --eval b.npz --eval-samples 8 --batch 1:2:3 --target onnx --target tensorrt-rtx"
         " --sm 86,89 --high-precision fp16 --design-ber 1e-2 --no-adjust --opset 21 --trust-pickle"
-        " --attack fgsm,apgd --eps 4/255 --attack-samples 9 --seed 5 --force"
+        " --attack fgsm,apgd --eps 4/255 --attack-samples 9 --attack-faulty 1e-3,apgd@1e-2"
+        " --faulty-trials 3 --seed 5 --force"
         " --workspace 1G --optimization-level 3 --timing-cache t.cache --version-compatible"
         " --hardware-compatible --refit"
     )
@@ -116,6 +135,8 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "attacks": ("fgsm", "apgd"),
         "eps": "4/255",
         "attack_samples": 9,
+        "attack_faulty": ("1e-3", "apgd@1e-2"),
+        "faulty_trials": 3,
         "seed": 5,
         "force": True,
     }

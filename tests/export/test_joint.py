@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from resq_deploy.budget import check_budget
 from resq_deploy.bundle import Sample
-from resq_deploy.errors import AttackError
+from resq_deploy.errors import AttackError, ResqError
 from resq_deploy.export.craft import zero_gradients
-from resq_deploy.export.joint import attack_faulty
+from resq_deploy.export.joint import FaultyAttack, attack_faulty, stored
 from resq_deploy.export.twin import Twin
 from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.faults import Flips
@@ -62,3 +63,31 @@ def test_images_without_a_gradient_are_counted(deployed: tuple[Twin, OrtRunner, 
         assert zero_gradients(twin, sample) == 1
     finally:
         scale[name].copy_(before)
+
+
+def test_a_stored_set_says_what_made_it(deployed: tuple[Twin, OrtRunner, Sample]) -> None:
+    twin, runner, sample = deployed
+    asked = FaultyAttack.parse("1e-2")
+    moved, account = stored(twin, runner, sample.take(6), asked, 4 / 255, trials=3, seed=5)
+    assert (asked.name, asked.attack) == ("pgd@ber=1e-2", "pgd")
+    assert np.array_equal(moved.indices, np.tile(np.arange(6), 3))
+    check_budget(np.tile(sample.images[:6], (3, 1, 1, 1)), moved.images, 4 / 255)
+    model, part = parse("ber:0.01"), runner.space.select(("weights",))
+    digests = tuple(model.trial(part, 5, i).flips.digest()[:16] for i in range(3))
+    assert account["faulty"]["flips"] == digests
+    assert account["samples"] == 18
+    assert 0 <= account["transfer"]["int8"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("1e-3", "pgd@ber=1e-3"), ("apgd@0.01", "apgd@ber=1e-2"), ("pgd@ber=1e-4", "pgd@ber=1e-4")],
+)
+def test_requests_are_read(text: str, name: str) -> None:
+    assert FaultyAttack.parse(text).name == name
+
+
+@pytest.mark.parametrize("text", ["", "2", "pgd@", "pgd@x", "square@1e-3", "pgdd@1e-3", "nan"])
+def test_requests_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ResqError):
+        FaultyAttack.parse(text)

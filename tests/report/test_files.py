@@ -24,6 +24,8 @@ NAMES = {
     "bits.csv",
     "cells.csv",
     "attacks.csv",
+    "joint.csv",
+    "corruptions.csv",
     "requirements.csv",
 }
 

@@ -45,3 +45,11 @@ def test_many_figures_are_cut(count: int) -> None:
     figures = {f"accuracy@ber={i}e-9": example.figure(0.5) for i in range(1, count + 1)}
     text = printed(example.report((), figures=figures))
     assert ("60 more in figures.csv" in text) == (count == 100)
+
+
+def test_corruptions_are_a_table_of_their_own() -> None:
+    text = printed(example.report())
+    row = next(line for line in text.splitlines() if line.startswith("elastic transform"))
+    assert row.split()[2:6] == ["83.0%", "74.0%", "65.0%", "56.0%"]
+    assert "accuracy@corruptions" in text
+    assert "corruption=fog" not in text

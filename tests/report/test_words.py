@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,7 +119,8 @@ def test_chance_is_not_called_a_weakness() -> None:
 
 
 def test_findings_of_a_bare_report() -> None:
-    bare = example.report((), campaigns=(), attacks=(), figures={"accuracy": example.figure(0.92)})
+    nothing: dict[str, Any] = {"campaigns": (), "attacks": (), "joint": (), "corruptions": ()}
+    bare = example.report((), **nothing, figures={"accuracy": example.figure(0.92)})
     assert len(words.findings(bare)) == 1
 
 
@@ -129,3 +132,17 @@ def test_a_figure_is_never_rounded_to_certainty(low: float, mid: float, high: fl
     assert (said == "0%") == (mid == 0)
     assert (said == "100%") == (mid == 1)
     assert 1 <= words.decimals(figure) <= 5
+
+
+def test_the_worst_of_both_is_who_knows_the_faults() -> None:
+    said = [line for line in words.findings(example.report()) if line.startswith("With both")]
+    assert len(said) == 1
+    assert "knows the flipped bits, it classifies 31.0%" in said[0]
+    assert words.group_of("robust@pgd,eps=8/255,aware@ber=1e-2") == "both at once"
+
+
+def test_corruptions_have_their_own_words() -> None:
+    assert words.group_of("accuracy@corruption=fog,severity=3") == "corruptions"
+    assert words.group_of("accuracy@corruptions") == "corruptions"
+    said = words.findings(example.report())[-1]
+    assert "least with JPEG compression at severity 4" in said

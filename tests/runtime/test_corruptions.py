@@ -61,32 +61,64 @@ def test_severities_rise() -> None:
 def test_accuracy_is_figured_per_cell_and_over_all() -> None:
     runner = NumpyRunner(shape=(1, 8, 8))
     sample = runner.sample(30)
-    found = evaluate(runner, sample, ["brightness", "fog"], [1, 5])
+    names, levels = ("brightness", "fog"), (1, 5)
+    found = evaluate(runner, sample, names, levels)
     assert [(c.corruption, c.severity) for c in found.cells] == [
         ("brightness", 1),
         ("brightness", 5),
         ("fog", 1),
         ("fog", 5),
     ]
-    assert found.mean.mean == pytest.approx(np.mean([c.accuracy.mean for c in found.cells]))
-    assert found.mean.low <= found.mean.mean <= found.mean.high
-    assert found.mean.n == 30
-    figures = found.figures()
-    assert set(figures) >= {"accuracy@corruptions", "accuracy@corruption=fog,severity=5"}
+    assert tuple(found.figures) == corruptions.figure_names(names, levels)
+    mean, fog = found.figures[corruptions.MEAN], found.figures["accuracy@corruption=fog"]
+    assert mean.mean == pytest.approx(np.mean([c.accuracy.mean for c in found.cells]))
+    assert fog.mean == pytest.approx(np.mean([c.accuracy.mean for c in found.cells[2:]]))
+    assert mean.low <= mean.mean <= mean.high
+    assert mean.n == 30
     right = (runner(corrupt(sample.images, "fog", 5)).argmax(1) == sample.labels).mean()
-    assert figures["accuracy@corruption=fog,severity=5"].mean == pytest.approx(right)
+    assert found.figures["accuracy@corruption=fog,severity=5"].mean == pytest.approx(right)
+
+
+def test_nothing_asked_is_nothing_found() -> None:
+    runner = NumpyRunner(shape=(1, 8, 8))
+    assert evaluate(runner, runner.sample(3), ()).figures == {}
+    assert corruptions.figure_names((), (1,)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ()),
+        ("fog", ("fog",)),
+        ("fog, gaussian-noise", ("gaussian_noise", "fog")),
+        ("weather,fog", ("snow", "frost", "fog", "brightness")),
+        ("ALL", CORRUPTIONS),
+    ],
+)
+def test_names_are_read(text: str, names: tuple[str, ...]) -> None:
+    assert corruptions.parse_names(text) == names
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(DataError, match=r"unknown corruption 'rain'.*weather.*fog"):
+        corruptions.parse_names("fog,rain")
 
 
 def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.zeros((1, 1, 8, 8), np.float32)
-    with pytest.raises(DataError, match="unknown corruption 'rain'"):
+    with pytest.raises(DataError, match=r"unknown corruption 'rain'"):
         corrupt(images, "rain", 1)
     with pytest.raises(DataError, match="severity of 6"):
         corrupt(images, "fog", 6)
     with pytest.raises(DataError, match="cannot be corrupted"):
         corrupt(np.zeros((1, 2, 8, 8), np.float32), "fog", 1)
+    with pytest.raises(DataError, match="cannot be corrupted"):
+        corruptions.check(("fog",), (1,), (4, 8, 8))
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     corruptions._package.cache_clear()
     with pytest.raises(MissingExtra, match=r"resq-deploy\[corruptions\]"):
         corrupt(images, "fog", 1)
+    with pytest.raises(MissingExtra, match=r"resq-deploy\[corruptions\]"):
+        corruptions.check(("fog",), (1,), (1, 8, 8))
+    corruptions.check((), (1,), (1, 8, 8))
     corruptions._package.cache_clear()

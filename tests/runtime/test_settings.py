@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from resq_deploy.errors import CampaignError, FaultError, ResqError
+from resq_deploy.errors import CampaignError, DataError, FaultError, ResqError
 from resq_deploy.runtime import settings as s
 
 
@@ -67,3 +67,16 @@ def test_single_faults_run_before_rising_rates() -> None:
 
 def test_a_report_lies_beside_its_bundle() -> None:
     assert s.report_folder(Path("a/model.resq")) == Path("a/model.report")
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"), [("3", (3,)), ("1-5", (1, 2, 3, 4, 5)), ("5,1-2", (1, 2, 5))]
+)
+def test_severities(text: str, levels: tuple[int, ...]) -> None:
+    assert s.parse_severities(text) == levels
+
+
+@pytest.mark.parametrize("text", ["", "0", "6", "1-6", "5-1", "x"])
+def test_severities_that_are_none(text: str) -> None:
+    with pytest.raises(DataError, match="severities"):
+        s.parse_severities(text)

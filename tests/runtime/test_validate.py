@@ -14,6 +14,7 @@ from resq_deploy.bundle import Bundle
 from resq_deploy.errors import AttackError, CampaignError, FaultError, RequirementError
 from resq_deploy.fault_models import parse
 from resq_deploy.memory import fault_space
+from resq_deploy.report import read_report
 from resq_deploy.report.model import Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.cli import command
@@ -156,6 +157,25 @@ def test_a_folder_with_something_else_is_never_written_to(bundle: Bundle, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_corruptions_are_figures_to_require(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--corruptions", "fog,contrast", "--severities", "1,5", "--corruption-samples", "6"]
+    wanted = ["--require", "accuracy@corruption=fog,severity=5 >= 0"]
+    assert _run(bundle, tmp_path / "a", *few, *wanted) == 0
+    assert "severity of corruption" in capsys.readouterr().out
+    report = read_report(tmp_path / "a")
+    assert [(c.corruption, c.severity, c.accuracy.n) for c in report.corruptions] == [
+        (name, severity, 6) for name in ("fog", "contrast") for severity in (1, 5)
+    ]
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "Common corruptions" in page
+    rows = (tmp_path / "a" / "corruptions.csv").read_text().splitlines()
+    assert len(rows) == 5
+    assert _run(bundle, tmp_path / "b", *wanted) == 2
+    assert "no figure" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -167,6 +187,9 @@ def test_a_folder_with_something_else_is_never_written_to(bundle: Bundle, tmp_pa
         (["--data", "mystery"], "digits"),
         (["--where", "disk"], "weights"),
         (["--workers", "none"], "workers"),
+        (["--corruptions", "rain"], "gaussian_noise"),
+        (["--corruptions", "fog", "--severities", "9"], "1 to 5"),
+        (["--corruptions", "fog", "--corruption-samples", "0"], "at least 1"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -1,0 +1,194 @@
+"""Inputs crafted against faulty memory, replayed with the very same faults: both threats at their worst.
+
+Campaigns on adversarial inputs flip bits under inputs that were crafted for golden memory, and such inputs grow
+weaker as faults move the network away from where they aimed. An attacker who knows which bits flipped aims again.
+`resq-export --attack-faulty` stores what that attacker finds for some draws of faults; here the same draws are made,
+checked against what the bundle says of them, and put into the artifact's memory. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.bundle import Bundle, Sample
+from resq_deploy.console import Reporter
+from resq_deploy.errors import AttackError
+from resq_deploy.fault_models import parse
+from resq_deploy.faults import FaultSpace, Flips
+from resq_deploy.manifest import Attack, FaultyMemory
+from resq_deploy.metrics import top1
+from resq_deploy.report.model import Figure, JointAttack
+from resq_deploy.runtime import attacks, evidence
+from resq_deploy.runtime.runner import Runner
+from resq_deploy.runtime.trials import PlainEngine, reach
+from resq_deploy.statistics import Estimate, Tally
+
+Moved = NDArray[np.float32]  # [trials, N, C, H, W]
+
+
+@dataclass(frozen=True, slots=True)
+class JointTrial:
+    """Images of one trial that are right on the faulty artifact, out of `images`.
+
+    `clean`: unattacked; `unaware`: under inputs crafted for the golden network; `aware`: crafted for this faulty one.
+    An attacked image counts as right only where the same image is right unattacked.
+    """
+
+    images: int
+    clean: int
+    unaware: int
+    aware: int
+
+
+@dataclass(frozen=True, slots=True)
+class JointResult:
+    """All trials, and the mean shares with intervals that hold at any number of trials."""
+
+    trials: tuple[JointTrial, ...]
+    clean: Estimate
+    unaware: Estimate
+    aware: Estimate
+
+
+def figure_name(spec: Attack) -> str:
+    """The figure of inputs that know the faults: `robust@pgd,eps=8/255,aware@ber=1e-3`."""
+    memory = _memory(spec)
+    base = attacks.figure_name(spec.attack, spec.eps, spec.norm)
+    return f"{base},aware@{evidence.fault_label(memory.model)}"
+
+
+def sets(bundle: Bundle, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Stored sets that were crafted against faulty memory, by one of these attacks (None: by any)."""
+    found = bundle.manifest.attacks.items()
+    return tuple(
+        name
+        for name, a in found
+        if a.faulty is not None and (names is None or a.attack in names or name in names)
+    )
+
+
+def stored(bundle: Bundle, name: str) -> tuple[Sample, Moved, Attack]:
+    """The originals [N], the inputs crafted for each trial [trials, N, C, H, W], and what made them; checked.
+
+    Raises as attacks.stored does, and AttackError where the trials are not all on the same images.
+    """
+    clean, moved, spec = attacks.stored(bundle, name)
+    trials = _memory(spec).trials
+    each, rest = divmod(len(moved), trials)
+    same = rest == 0 and (moved.indices.reshape(trials, -1) == moved.indices[:each]).all()
+    if not same:
+        raise AttackError(
+            f"the attack {name!r} in {bundle.path} is not the same images in each of its {trials} trials",
+            "craft it again with resq-export",
+        )
+    return clean.take(each), moved.images.reshape(trials, each, *moved.images.shape[1:]), spec
+
+
+def draw(memory: FaultyMemory, space: FaultSpace) -> Iterator[Flips]:
+    """The faults that inputs were crafted for, drawn again. Raises AttackError where they are others."""
+    model, part = parse(memory.model), space.select(memory.where)
+    model.check(part)
+    for number, digest in enumerate(memory.flips):
+        flips = model.trial(part, memory.seed, number).flips
+        if flips.digest()[:16] != digest:
+            raise AttackError(
+                f"trial {number} of {memory.model} is not the fault that inputs were crafted for",
+                "craft them again with resq-export",
+            )
+        yield flips
+
+
+def evaluate(
+    runner: Runner,
+    bundle: Bundle,
+    name: str,
+    *,
+    confidence: float = 0.95,
+    reporter: Reporter | None = None,
+) -> JointAttack:
+    """Replay a stored set under its faults. Raises AttackError, BundleError, FaultError."""
+    clean, aware, spec = stored(bundle, name)
+    memory = _memory(spec)
+    faults = list(draw(memory, runner.space))
+    unaware = _unaware(bundle, spec, clean)
+    found = measure(
+        runner, clean, unaware, aware, faults, confidence=confidence, reporter=reporter, title=name
+    )
+    shares = {share: Figure(**asdict(getattr(found, share))) for share in ("clean", "aware")}
+    known = Figure(**asdict(found.unaware)) if unaware is not None else None
+    return JointAttack(
+        name=name,
+        attack=spec.attack,
+        norm=spec.norm,
+        eps=spec.eps,
+        crafted_through=spec.crafted_through,
+        fault=evidence.fault_label(memory.model),
+        where={"where": list(memory.where)},
+        trials=len(faults),
+        images=len(clean),
+        flips=sum(flips.count for flips in faults),
+        unaware=known,
+        parameters=dict(spec.parameters),
+        **shares,
+    )
+
+
+def measure(
+    runner: Runner,
+    sample: Sample,
+    unaware: NDArray[np.float32] | None,
+    aware: Iterable[NDArray[np.float32]],
+    faults: Sequence[Flips],
+    *,
+    confidence: float = 0.95,
+    reporter: Reporter | None = None,
+    title: str = "attacks that know the faults",
+) -> JointResult:
+    """Run originals and both kinds of inputs with each trial's faults in memory; `unaware` None: originals instead."""
+    plain = sample.images if unaware is None else unaware
+    done = []
+    with (reporter or Reporter()).task(title, len(faults), "trials") as task:
+        for flips, known in zip(faults, aware, strict=True):
+            reached, _ = reach(PlainEngine(runner, sample.images), flips)
+            with runner.faults(reached):
+                right, both, all_three = (
+                    top1(runner(images)) == sample.labels
+                    for images in (sample.images, plain, known)
+                )
+            hits = (right, right & both, right & all_three)
+            done.append(JointTrial(len(sample), *(int(h.sum()) for h in hits)))
+            task.advance(1)
+    means = (_mean(len(sample), [getattr(t, s) for t in done], confidence) for s in _SHARES)
+    return JointResult(tuple(done), *means)
+
+
+_SHARES = ("clean", "unaware", "aware")
+
+
+def _mean(images: int, hits: Sequence[int], confidence: float) -> Estimate:
+    tally = Tally(images)
+    for count in hits:
+        tally.add(count)
+    return tally.estimate(confidence)
+
+
+def _memory(spec: Attack) -> FaultyMemory:
+    if spec.faulty is None:
+        raise AttackError(f"{spec.attack} was not crafted against faulty memory")
+    return spec.faulty
+
+
+def _unaware(bundle: Bundle, spec: Attack, clean: Sample) -> NDArray[np.float32] | None:
+    """The same attack on the same images, crafted for golden memory; None where the bundle has none."""
+    for name, other in attacks.plain(bundle).items():
+        if (other.attack, other.norm, other.eps) == (spec.attack, spec.norm, spec.eps):
+            _, moved, _ = attacks.stored(bundle, name)
+            place = {int(index): row for row, index in enumerate(moved.indices)}
+            rows = [place.get(int(index), -1) for index in clean.indices]
+            if min(rows) >= 0:
+                return moved.images[rows]
+    return None
