@@ -237,6 +237,11 @@ class _Builder:
 
     def _refused(self, config: Any) -> BackendError:
         error = refusal(self.backend, self.trt.__version__, "build the engine", self.log.lines)
+        if self.options.refit and self.backend == "tensorrt-rtx" and "CUDA" in error.message:
+            return BackendError(
+                "TensorRT-RTX needs an NVIDIA GPU to build a plan that can be refitted",
+                "build it where nvidia-smi shows a GPU, or leave --refit out",
+            )
         if "is not supported" in error.message and "Turing" in error.message:
             return BackendError(error.message, "leave SM 75 out, or use --high-precision fp16")
         return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,20 @@ def test_the_command_without_torch(bundle: Path) -> None:
     assert told["unlocated"] == {}
     assert "tensorrt-rtx.plan: " in done.stderr
     Bundle.open(other)
+
+
+def test_a_plan_that_can_be_refitted_wants_a_gpu(bundle: Path) -> None:
+    """In a process of its own: what a failed build of TensorRT-RTX leaves behind changes the next one."""
+    code = (
+        "from resq_deploy.export.cli import main\n"
+        f"main([{str(bundle)!r}, '--target', 'tensorrt-rtx', '--sm', '86', '--refit'])"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == BAD_INPUT
+    assert "needs an NVIDIA GPU to build a plan that can be refitted" in done.stderr
 
 
 def test_the_help_shows_how() -> None:
