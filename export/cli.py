@@ -150,7 +150,7 @@ class _Recorded(click.Command):
 )
 @click.option(
     "--faulty-trials",
-    type=click.IntRange(1, 10_000),
+    type=click.IntRange(2, 10_000),
     default=8,
     show_default=True,
     help="Draws of faults, each attacked anew.",

@@ -25,8 +25,9 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, MissingExtra
 from resq_deploy.metrics import top1
 from resq_deploy.report.model import Corruption, Figure
+from resq_deploy.runtime import crossed
 from resq_deploy.runtime.runner import Images, Runner
-from resq_deploy.statistics import Tally, wilson
+from resq_deploy.statistics import wilson
 
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -125,12 +126,9 @@ def _share(right: NDArray[np.bool_], confidence: float) -> Figure:
 
 
 def _mean(right: NDArray[np.bool_], confidence: float) -> Figure:
-    """The mean over corruptions; each image, the last axis, is one observation."""
+    """The mean over corruptions, which are all there are; the images, along the last axis, are a sample."""
     each = right.reshape(-1, right.shape[-1])
-    tally = Tally(len(each))
-    for hits in each.sum(axis=0):
-        tally.add(int(hits))
-    return Figure(**asdict(tally.estimate(confidence)))
+    return Figure(**asdict(crossed.share(each, confidence, sampled_rows=False)))
 
 
 def corrupt(images: Images, name: str, severity: int, *, seed: int = 0) -> NDArray[np.float32]:

@@ -22,10 +22,10 @@ from resq_deploy.faults import FaultSpace, Flips
 from resq_deploy.manifest import Attack, FaultyMemory
 from resq_deploy.metrics import top1
 from resq_deploy.report.model import Figure, JointAttack
-from resq_deploy.runtime import attacks, evidence
+from resq_deploy.runtime import attacks, crossed, evidence
 from resq_deploy.runtime.runner import Runner
 from resq_deploy.runtime.trials import PlainEngine, reach
-from resq_deploy.statistics import Estimate, Tally
+from resq_deploy.statistics import Estimate
 
 Moved = NDArray[np.float32]  # [trials, N, C, H, W]
 
@@ -46,7 +46,7 @@ class JointTrial:
 
 @dataclass(frozen=True, slots=True)
 class JointResult:
-    """All trials, and the mean shares with intervals that hold at any number of trials."""
+    """All trials, and the mean shares; intervals count images and trials as drawn (crossed.py)."""
 
     trials: tuple[JointTrial, ...]
     clean: Estimate
@@ -159,21 +159,15 @@ def measure(
                     top1(runner(images)) == sample.labels
                     for images in (sample.images, plain, known)
                 )
-            hits = (right, right & both, right & all_three)
-            done.append(JointTrial(len(sample), *(int(h.sum()) for h in hits)))
+            done.append((right, right & both, right & all_three))
             task.advance(1)
-    means = (_mean(len(sample), [getattr(t, s) for t in done], confidence) for s in _SHARES)
-    return JointResult(tuple(done), *means)
-
-
-_SHARES = ("clean", "unaware", "aware")
-
-
-def _mean(images: int, hits: Sequence[int], confidence: float) -> Estimate:
-    tally = Tally(images)
-    for count in hits:
-        tally.add(count)
-    return tally.estimate(confidence)
+    if not done:
+        raise AttackError("no faults to attack under", "at least 2 trials")
+    hits = np.array(done)  # [trials, 3, images]
+    return JointResult(
+        tuple(JointTrial(len(sample), *map(int, trial)) for trial in hits.sum(axis=2)),
+        *(crossed.share(hits[:, i], confidence, sampled_rows=True) for i in range(3)),
+    )
 
 
 def _memory(spec: Attack) -> FaultyMemory:

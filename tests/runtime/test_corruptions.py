@@ -74,7 +74,7 @@ def test_accuracy_is_figured_per_cell_and_over_all() -> None:
     assert mean.mean == pytest.approx(np.mean([c.accuracy.mean for c in found.cells]))
     assert fog.mean == pytest.approx(np.mean([c.accuracy.mean for c in found.cells[2:]]))
     assert mean.low <= mean.mean <= mean.high
-    assert mean.n == 30
+    assert mean.n == 4 * 30
     right = (runner(corrupt(sample.images, "fog", 5)).argmax(1) == sample.labels).mean()
     assert found.figures["accuracy@corruption=fog,severity=5"].mean == pytest.approx(right)
 
