@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Predict = Callable[[Floats], Floats]
 _Index = tuple[NDArray[np.int64], ...]
+_Rows = NDArray[np.bool_]
 
 _SHARE = {
     "linf": 0.8,
@@ -28,6 +30,7 @@ _SHARE = {
 _HALVED_AT = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])
 _TILES = 5  # L2 starts from a grid of 5 x 5 bumps
 _TINY = np.float32(1e-10)
+_COUNTED = 64  # queries after which lengths are summed anew, so that rounding does not pile up
 
 
 def square(
@@ -47,11 +50,14 @@ def square(
     value = lead(predict(made), labels)
     standing = np.flatnonzero(value > 0)
     best, clean, loss = made[standing], images[standing], value[standing]
+    spent = np.empty(0, np.float32)
     for query in range(1, queries):
         if not standing.size:
             break
+        if spent.size != standing.size or query % _COUNTED == 0:
+            spent = _squared(best - clean, (1, 2, 3)).ravel()
         side = _side(query / queries, _SHARE[budget.norm], images.shape)
-        undo = step(best, clean, budget.eps, side, rng)
+        undo = step(best, clean, spent, budget.eps, side, rng)
         value = lead(predict(best), labels[standing])
         worse = value >= loss
         undo(worse)
@@ -74,7 +80,7 @@ def lead(logits: Floats, labels: Labels) -> Floats:
     return gap
 
 
-_Undo = Callable[[NDArray[np.bool_]], None]  # puts back the images of these rows
+_Undo = Callable[[_Rows], None]  # puts back the images of these rows
 
 
 def _stripes(images: Floats, eps: float, rng: np.random.Generator) -> Floats:
@@ -85,15 +91,15 @@ def _stripes(images: Floats, eps: float, rng: np.random.Generator) -> Floats:
 
 
 def _flip_square(
-    best: Floats, clean: Floats, eps: float, side: int, rng: np.random.Generator
+    best: Floats, clean: Floats, spent: Floats, eps: float, side: int, rng: np.random.Generator
 ) -> _Undo:
     """Set a square of each image to +-eps, one sign a channel, in place (algorithm 2)."""
     window = _windows(rng, clean.shape, side)
     old = best[window]
     best[window] = np.clip(clean[window] + _signs(rng, (*clean.shape[:2], 1, 1), eps), 0, 1)
 
-    def undo(rows: NDArray[np.bool_]) -> None:
-        best[tuple(np.broadcast_to(i, old.shape)[rows] for i in window)] = old[rows]
+    def undo(rows: _Rows) -> None:
+        best[_of(window, rows)] = old[rows]
 
     return undo
 
@@ -111,31 +117,50 @@ def _bumps(images: Floats, eps: float, rng: np.random.Generator) -> Floats:
 
 
 def _move_mass(
-    best: Floats, clean: Floats, eps: float, side: int, rng: np.random.Generator
+    best: Floats, clean: Floats, spent: Floats, eps: float, side: int, rng: np.random.Generator
 ) -> _Undo:
-    """Move the change inside one square into a bump in another, in place, at the same length (algorithm 3)."""
-    old = best.copy()
-    delta = best - clean
+    """Move the change inside one square into a bump in another, in place, at the same length (algorithm 3).
+
+    `spent`: squared length of each image's change, kept up to date, so that only the two squares are touched: what
+    they free and what is left of eps^2 goes into the new bump, and no image has to be scaled as a whole.
+    """
     side = max(side | 1, 3)
     target, source = (_windows(rng, clean.shape, side) for _ in range(2))
-    left = np.maximum(eps**2 - _squared(delta, (1, 2, 3)), 0) / clean.shape[1]
-    here = delta[target]
-    before = _squared(delta, (2, 3))
-    delta[source] = 0
-    delta[target] = 0
-    freed = before - _squared(delta, (2, 3))
+    old, old_source, before = best[target], best[source], spent.copy()
+    original, original_source = clean[target], clean[source]
+    here = old - original
+    freed = _energy(old_source - original_source)
+    best[source] = original_source
+    freed += _energy(best[target] - original)
+    left = np.maximum(np.float32(eps**2) - spent, 0)[:, None] / np.float32(clean.shape[1])
     bump = _bump(side) if rng.random() < 0.5 else _bump(side).T
     new = _signs(rng, (*clean.shape[:2], 1, 1)) * bump
-    new = new + here / (np.sqrt(_squared(here, (2, 3))) + _TINY)
-    delta[target] = new / (np.sqrt(_squared(new, (2, 3))) + _TINY) * np.sqrt(left + freed)
-    best[:] = _at_length(clean, delta, eps)
+    new += here / _spread(np.sqrt(_energy(here)) + _TINY)
+    new *= _spread(np.sqrt(left + freed) / (np.sqrt(_energy(new)) + _TINY))
+    moved = np.clip(original + new, 0, 1)
+    best[target] = moved
+    spent += (_energy(moved - original) - freed).sum(axis=1)
 
-    def undo(rows: NDArray[np.bool_]) -> None:
-        best[rows] = old[rows]
+    def undo(rows: _Rows) -> None:
+        best[_of(target, rows)] = old[rows]
+        best[_of(source, rows)] = old_source[rows]
+        spent[rows] = before[rows]
 
     return undo
 
 
+def _energy(delta: Floats) -> Floats:
+    """Sum of squares of each channel, [N, C]."""
+    total: Floats = np.einsum("ncij,ncij->nc", delta, delta)
+    return total
+
+
+def _spread(values: Floats) -> Floats:
+    """[N, C] over a square."""
+    return values[:, :, None, None]
+
+
+@lru_cache
 def _bump(side: int) -> Floats:
     """Two opposite pyramids side by side, at length 1: eta of section 3.3."""
     half = side // 2
@@ -192,3 +217,9 @@ def _windows(rng: np.random.Generator, shape: tuple[int, ...], side: int) -> _In
         top + span[:, None],
         left + span,
     )
+
+
+def _of(window: _Index, rows: _Rows) -> _Index:
+    """The same squares of these images only."""
+    image, channel, top, left = window
+    return image[rows], channel, top[rows], left[rows]

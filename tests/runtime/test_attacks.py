@@ -21,6 +21,7 @@ from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.faults import Flips
 from resq_deploy.manifest import Attack
 from resq_deploy.runtime import attacks, blackbox, sanity
+from resq_deploy.runtime import square as square_module
 from resq_deploy.runtime.attacks import Attacked
 from resq_deploy.runtime.double import NumpyRunner
 from resq_deploy.runtime.runner import open_runner
@@ -180,6 +181,25 @@ def test_more_queries_break_more(runner: NumpyRunner) -> None:
         made = blackbox.attack(runner, sample, "square", Budget("linf", 0.08), queries=queries)
         left.append(int((runner(made).argmax(1) == sample.labels).sum()))
     assert left[0] > left[1] > left[2]
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_a_step_of_square_keeps_the_length_and_can_be_undone(side: int) -> None:
+    """In L2 a step moves the change about: never more than eps, and what is spent is what was counted."""
+    rng = np.random.default_rng(side)
+    clean = rng.random((6, 3, 12, 12), dtype=np.float32)
+    best = square_module._bumps(clean, 0.7, rng)
+    spent = np.square(best - clean).sum(axis=(1, 2, 3))
+    for number in range(30):
+        before, lengths = best.copy(), spent.copy()
+        undo = square_module._move_mass(best, clean, spent, 0.7, side, rng)
+        assert np.square(best - clean).sum(axis=(1, 2, 3)) == pytest.approx(spent, abs=1e-5)
+        assert (spent <= 0.7**2 + 1e-5).all()
+        assert not np.array_equal(best, before)
+        rows = np.arange(6) % 2 == number % 2
+        undo(rows)
+        assert np.array_equal(best[rows], before[rows])
+        assert np.array_equal(spent[rows], lengths[rows])
 
 
 def test_square_spends_its_queries_on_standing_images_only(runner: NumpyRunner) -> None:
