@@ -3,7 +3,8 @@
     found = compare([Subject.of(path) for path in ("plain.resq", "I.resq", "I+II.resq")])
     found.verdict                 # in a sentence
 
-Each bundle is compared with the one before it. What a step was meant for is read from the hardening stages that it
+A bundle is compared with those that lack some of its stages and have no others: I + II with I and with II, if both are
+there; where stages do not tell, with the bundle before it. What a step was meant for is read from the stages that it
 adds: stage I is for attacks, II and III are for faults. So one sees what fault hardening did to attack resilience, and
 the other way round: RESQ (2603.15413) finds that the first helps and the second does not.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import hypot
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from resq_deploy.budget import ATTACKS
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
 from resq_deploy.report.model import Figure, Report
+from resq_deploy.runtime.corruptions import MEAN
 
 Threat = Literal["faults", "attacks"]
 Effect = Literal["helps", "hurts", "undecided"]
@@ -112,11 +113,27 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
     common = set.intersection(*(set(s.figures) for s in subjects))
     fault = _hardest_fault(common)
     attack = _hardest_attack(common, subjects)
-    steps = tuple(_step(before, after, fault, attack) for before, after in pairwise(subjects))
+    steps = tuple(_step(before, after, fault, attack) for before, after in pairs(subjects))
     names = dict.fromkeys(n for s in subjects for n in s.figures if _shown(n))
     return Comparison(
         tuple(subjects), tuple(sorted(names, key=_order)), fault, attack, steps, verdict(steps)
     )
+
+
+def pairs(subjects: Sequence[Subject]) -> list[tuple[Subject, Subject]]:
+    """Which bundles a step leads between: from each to those that add the fewest stages to its own.
+
+    A bundle whose stages nest with no other's is compared with the one before it.
+    """
+    sets = [frozenset(s.stages) for s in subjects]
+    found = []
+    for after, stages in enumerate(sets):
+        below = [i for i, s in enumerate(sets) if s < stages]
+        nearest = [i for i in below if not any(sets[i] < sets[j] for j in below)]
+        if not nearest and after and not any(stages < other for other in sets):
+            nearest = [after - 1]
+        found += [(subjects[i], subjects[after]) for i in nearest]
+    return found
 
 
 def stages_of(bundle: Bundle) -> tuple[str, ...]:
@@ -217,18 +234,19 @@ def _rate(name: str) -> float:
 
 
 def _shown(name: str) -> bool:
-    return name == "accuracy" or name.startswith((_FAULT, _ATTACK))
+    return name in ("accuracy", MEAN) or name.startswith((_FAULT, _ATTACK))
 
 
 def _order(name: str) -> tuple[int, int, float, str]:
     """Clean, then faults by rate, then attacks from weak to strong, then both at once."""
-    if name == "accuracy":
-        return (0, 0, 0.0, name)
+    if name in ("accuracy", MEAN):
+        return (0, int(name == MEAN), 0.0, name)
     if name.startswith(_FAULT):
         return (1, 0, _rate(name), name)
     attack = name.removeprefix(_ATTACK).partition(",")[0]
     strength = ATTACKS.index(attack) if attack in ATTACKS else len(ATTACKS)
-    return (2 + (name.count("@") > 1), strength, _rate(name), name)
+    both = name.count("@") > 1
+    return (2 + both + (",aware@" in name), strength, _rate(name), name)
 
 
 def _name(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +14,21 @@ from rich.text import Text
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.report import words
-from resq_deploy.runtime.compare import Comparison
+from resq_deploy.report.model import Figure
+from resq_deploy.runtime.compare import Comparison, Step, Subject
 from resq_deploy.runtime.contents import Check, Layer
 from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
 
 _DASH = "\u2013"
-_ACROSS = 4  # bundles beside each other
-_NAME = 12  # characters of a bundle's name
+_ACROSS = 5  # bundles beside each other
+_NAME = 10  # characters of a bundle's name
+_WIDTH = 79
+_EFFECTS = {"helps": "higher", "hurts": "lower", "undecided": "not clear"}
+_ONE_TRAINING = (
+    "Intervals are over images and faults. Each bundle is one training: "
+    "two seeds of one recipe can differ by more."
+)
 
 
 def console() -> Console:
@@ -135,27 +143,52 @@ def replayed(name: str, trial: int, found: Replay) -> Iterable[Any]:
 
 
 def compared(found: Comparison) -> Iterable[Any]:
-    """Figures down, bundles across, a few at a time; then each step, and the verdict."""
+    """The matrix, bundles across, a few at a time; then each step, and the verdict."""
     for start in range(0, len(found.rows), _ACROSS):
-        part = found.rows[start : start + _ACROSS]
-        rows = [
-            (name, *(words.mean(s.figures[name]) if name in s.figures else _DASH for s in part))
-            for name in found.columns
-        ]
-        yield table(
-            ("", *(s.name[-_NAME:] for s in part)), [("stages", *(s.label for s in part)), *rows]
-        )
+        yield _matrix(found, found.rows[start : start + _ACROSS])
         yield Text("")
     for step in found.steps:
-        added = "+".join(step.added) or "no stage"
-        yield Text(f"{step.before} -> {step.after} ({added} added)", "bold")
-        for change in (step.fault, step.attack):
-            low, high = change.low * 100, change.high * 100
-            yield Text(
-                f"  {change.figure}: {words.points(change.difference)} "
-                f"({low:+.1f} to {high:+.1f}), {change.effect}"
-            )
-    yield Text(found.verdict)
+        yield from _step(step)
+    yield Text("")
+    yield from (Text(line, "bold") for line in textwrap.wrap(found.verdict, _WIDTH))
+    for line in textwrap.wrap(_ONE_TRAINING, _WIDTH):
+        yield Text(line, "dim")
+
+
+def _matrix(found: Comparison, part: Sequence[Subject]) -> Table:
+    """A row for each figure: the mean, and its interval below it."""
+    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    drawn.add_column("", overflow="fold", max_width=25)
+    for subject in part:
+        drawn.add_column(Text(subject.name[-_NAME:]), justify="right", no_wrap=True)
+    drawn.add_row("stages", *(s.label for s in part), end_section=True)
+    for name in found.columns:
+        cells = [_ends(s.figures[name]) if name in s.figures else Text(_DASH) for s in part]
+        drawn.add_row(Text(words.short(name)), *cells)
+    return drawn
+
+
+def _ends(figure: Figure) -> Text:
+    low, high = (f"{share * 100:.1f}" for share in (figure.low, figure.high))
+    shown = Text(f"{figure.mean * 100:.1f}%\n")
+    return shown.append(f"{low}\u2013{high}", "dim")
+
+
+def _step(step: Step) -> Iterable[Text]:
+    """What one step did to either threat."""
+    added = "+".join(step.added) or "no stage"
+    meant = f", against {' and '.join(step.against)}" if step.against else ""
+    yield Text(f"{step.before} -> {step.after} (adds {added}{meant})", "bold")
+    for threat, change in (("faults", step.fault), ("attacks", step.attack)):
+        low, high = (_signed(end) for end in (change.low, change.high))
+        yield Text(
+            f"  {threat:<8}{words.short(change.figure):<14}{_signed(change.difference):>6} points "
+            f"({low} to {high}): {_EFFECTS[change.effect]}"
+        )
+
+
+def _signed(share: float) -> str:
+    return f"{share * 100:+.1f}".replace("-", "\u2212")
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:

@@ -179,6 +179,19 @@ def golden_accuracy(campaign: Campaign) -> float | None:
     return float(found) if isinstance(found, int | float) and 0 <= found <= 1 else None
 
 
+def short(figure: str) -> str:
+    """A figure's name for a narrow table: `pgd 8/255, BER 1e-2`; `known` where the attacker knows the faults."""
+    head, *parts = figure.split("@")
+    if not parts:
+        return "clean" if head == "accuracy" else head
+    attack = parts.pop(0) if head == "robust" else ""
+    name, *options = attack.split(",")
+    plain = [o.removeprefix("eps=").replace("norm=l2", "L2") for o in options if o != "aware"]
+    known = "known " if "aware" in options else ""
+    said = [" ".join([name, *plain])] if attack else []
+    return ", ".join([*said, *(known + fault_name(fault) for fault in parts)])
+
+
 def where_words(where: Mapping[str, Any]) -> str:
     """The part of the weight memory that faults were drawn from."""
     parts = []

@@ -146,3 +146,18 @@ def test_corruptions_have_their_own_words() -> None:
     assert words.group_of("accuracy@corruptions") == "corruptions"
     said = words.findings(example.report())[-1]
     assert "least with JPEG compression at severity 4" in said
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ("accuracy", "clean"),
+        ("accuracy@ber=1e-2", "BER 1e-2"),
+        ("accuracy@corruptions", "corruptions"),
+        ("robust@pgd,eps=8/255", "pgd 8/255"),
+        ("robust@apgd,eps=0.5,norm=l2@seu", "apgd 0.5 L2, SEU"),
+        ("robust@pgd,eps=8/255,aware@ber=1e-2", "pgd 8/255, known BER 1e-2"),
+    ],
+)
+def test_short_names(figure: str, said: str) -> None:
+    assert words.short(figure) == said

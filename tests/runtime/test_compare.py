@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime.compare import Change, Subject, compare, difference, stages_of
+from resq_deploy.runtime.compare import Change, Subject, compare, difference, pairs, stages_of
 from resq_deploy.statistics import wilson
 from tests.bundles import write_bundle
 
@@ -59,6 +59,21 @@ def test_a_step_counts_for_the_threat_it_hardens_against() -> None:
     assert found.steps[0].attack.effect == "helps"
     assert found.steps[0].fault.effect == "undecided"
     assert [row.label for row in found.rows] == ["plain", "I", "I+II"]
+
+
+def test_steps_lead_along_the_stages_in_any_order() -> None:
+    rows = [subject(s, 0.5, 0.1) for s in ("I+II", "", "I+II+III", "I", "II")]
+    found = [(a.label, b.label) for a, b in pairs(rows)]
+    assert sorted(found) == [
+        ("I", "I+II"),
+        ("I+II", "I+II+III"),
+        ("II", "I+II"),
+        ("plain", "I"),
+        ("plain", "II"),
+    ]
+    same = [subject("", 0.5, 0.1), subject("", 0.6, 0.1), subject("I", 0.6, 0.1)]
+    assert len(pairs(same)) == 2
+    assert [(a, b) for a, b in pairs(same[:2])] == [(same[0], same[1])]
 
 
 @pytest.mark.parametrize(

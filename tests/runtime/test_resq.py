@@ -240,10 +240,9 @@ def test_compare(resq: Any, tmp_path: Path) -> None:
         paths.append(opened.path)
     ran = resq("compare", *paths)
     assert ran.status == 0
-    assert max(map(len, ran.out.splitlines())) <= 120
-    tables = ran.out.partition(" -> ")[0]
-    assert max(map(len, tables.splitlines())) <= 80
-    assert "accuracy@ber=1e-2: +5.0 points" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert "BER 1e-2        +5.0 points" in ran.out
+    assert "pgd 8/255, known BER 1e-2" in " ".join(ran.out.split())
     found = json.loads(resq("compare", *paths, "--json").out)
     assert [b["name"] for b in found["bundles"]] == [p.stem for p in paths]
     assert len(found["steps"]) == 4
