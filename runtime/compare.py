@@ -80,14 +80,21 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """From one bundle to the next. `against`: the threats that the stages it adds are for."""
+    """From one bundle to the next. `against`: the threats that the stages it adds are for; `clean`: what it costs."""
 
     before: str
     after: str
     added: tuple[str, ...]
     against: tuple[Threat, ...]
+    clean: Change
     fault: Change
     attack: Change
+
+    @property
+    def failed(self) -> bool:
+        """Whether it lowered a figure that it was meant to raise: it then says nothing about hardening."""
+        own = {"faults": self.fault, "attacks": self.attack}
+        return any(own[threat].effect == "hurts" for threat in self.against)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,33 +166,48 @@ def difference(name: str, before: Figure, after: Figure) -> Change:
 
 
 def verdict(steps: Iterable[Step]) -> str:
-    """What the steps say about RESQ's asymmetry, in one sentence. Steps against both threats at once say nothing."""
+    """What the steps say about RESQ's asymmetry, in a few sentences.
+
+    Steps against both threats at once say nothing, nor do those that lowered what they were meant to raise.
+    """
     single = [s for s in steps if len(s.against) == 1]
-    crossed = [s.attack.effect for s in single if s.against == ("faults",)]
-    back = [s.fault.effect for s in single if s.against == ("attacks",)]
+    sound = [s for s in single if not s.failed]
+    crossed = [s.attack.effect for s in sound if s.against == ("faults",)]
+    back = [s.fault.effect for s in sound if s.against == ("attacks",)]
+    left_out = "".join(
+        f" {s.before} -> {s.after} is left out: it lowered what it was meant to raise."
+        for s in single
+        if s.failed
+    )
     if not crossed and not back:
         return (
-            "No step adds hardening against one threat alone, so nothing can be said of asymmetry."
+            f"No step hardens against one threat alone: nothing can be said of asymmetry.{left_out}"
         )
-    there = _tally("fault hardening", "attack resilience", crossed)
-    said = f"{there}; {_tally('attack hardening', 'fault resilience', back)}: "
+    there = _tally("Hardening against faults", "attack resilience", crossed)
+    again = _tally("Hardening against attacks", "fault resilience", back)
+    return f"{there} {again} {_conclusion(crossed, back)}{left_out}"
+
+
+def _conclusion(crossed: Sequence[Effect], back: Sequence[Effect]) -> str:
     if not crossed or not back:
-        return said + "asymmetry needs both kinds of step."
+        return "Asymmetry needs both kinds of step."
     if "helps" in crossed and "hurts" not in crossed and "helps" not in back:
-        return said + "asymmetric, as RESQ finds."
+        return "So it is asymmetric, as RESQ finds."
     if "helps" in back and "helps" not in crossed:
-        return said + "the other way round than RESQ finds."
+        return "So it is the other way round than RESQ finds."
     if "helps" in crossed and "helps" in back:
-        return said + "each helps the other."
-    return said + "no asymmetry is shown by these figures."
+        return "So each helps the other, and no asymmetry is shown."
+    return "No asymmetry is shown by these figures."
 
 
 def _tally(what: str, which: str, effects: Sequence[Effect]) -> str:
     if not effects:
-        return f"no step is {what} alone"
+        return f"No step is {what[0].lower() + what[1:]} alone."
     words = {"helps": "raised", "hurts": "lowered", "undecided": "did not clearly change"}
-    parts = [f"{words[e]} {which} in {effects.count(e)}" for e in words if e in effects]
-    return f"{what} {', '.join(parts)} of {len(effects)} step{'s' if len(effects) > 1 else ''}"
+    parts = [f"{words[e]} it in {effects.count(e)}" for e in words if e in effects]
+    first, *rest = parts
+    said = ", ".join([first.replace(" it ", f" {which} "), *rest])
+    return f"{what} {said} of {len(effects)} step{'s' * (len(effects) > 1)}."
 
 
 def _step(before: Subject, after: Subject, fault: str, attack: str) -> Step:
@@ -196,6 +218,7 @@ def _step(before: Subject, after: Subject, fault: str, attack: str) -> Step:
         after.name,
         added,
         tuple(against),
+        difference("accuracy", before.figures["accuracy"], after.figures["accuracy"]),
         difference(fault, before.figures[fault], after.figures[fault]),
         difference(attack, before.figures[attack], after.figures[attack]),
     )

@@ -15,7 +15,7 @@ from rich.text import Text
 from resq_deploy.bundle import Bundle
 from resq_deploy.report import words
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime.compare import Comparison, Step, Subject
+from resq_deploy.runtime.compare import Change, Comparison, Step, Subject
 from resq_deploy.runtime.contents import Check, Layer
 from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
@@ -179,12 +179,20 @@ def _step(step: Step) -> Iterable[Text]:
     added = "+".join(step.added) or "no stage"
     meant = f", against {' and '.join(step.against)}" if step.against else ""
     yield Text(f"{step.before} -> {step.after} (adds {added}{meant})", "bold")
-    for threat, change in (("faults", step.fault), ("attacks", step.attack)):
+    for threat, change in (
+        ("clean", step.clean),
+        ("faults", step.fault),
+        ("attacks", step.attack),
+    ):
         low, high = (_signed(end) for end in (change.low, change.high))
         yield Text(
-            f"  {threat:<8}{words.short(change.figure):<14}{_signed(change.difference):>6} points "
+            f"  {threat:<8}{_figure(change):<14}{_signed(change.difference):>6} points "
             f"({low} to {high}): {_EFFECTS[change.effect]}"
         )
+
+
+def _figure(change: Change) -> str:
+    return "" if change.figure == "accuracy" else words.short(change.figure)
 
 
 def _signed(share: float) -> str:

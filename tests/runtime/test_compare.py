@@ -83,8 +83,8 @@ def test_steps_lead_along_the_stages_in_any_order() -> None:
         (0.3, 0.6, "asymmetric, as RESQ finds"),
         (0.6, 0.6, "each helps the other"),
         (0.6, 0.5, "the other way round"),
-        (0.5, 0.5, "no asymmetry is shown"),
-        (0.5, 0.3, "no asymmetry is shown"),
+        (0.5, 0.5, "No asymmetry is shown"),
+        (0.5, 0.3, "No asymmetry is shown"),
     ],
 )
 def test_the_verdict(attack_to_fault: float, fault_to_attack: float, message: str) -> None:
@@ -101,7 +101,15 @@ def test_steps_against_both_or_none_say_nothing() -> None:
     assert both.steps[0].against == ("faults", "attacks")
     assert "nothing can be said" in both.verdict
     one = compare([subject("I", 0.5, 0.1), subject("I+II", 0.8, 0.6)])
-    assert "needs both kinds of step" in one.verdict
+    assert "Asymmetry needs both kinds of step" in one.verdict
+
+
+def test_a_step_that_fails_its_own_purpose_is_no_evidence() -> None:
+    rows = [subject("", 0.5, 0.1), subject("I", 0.5, 0.5), subject("II", 0.2, 0.3)]
+    found = compare(rows)
+    assert [s.failed for s in found.steps] == [False, True]
+    assert "plain -> II is left out" in found.verdict
+    assert "Asymmetry needs both" in found.verdict
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
