@@ -139,7 +139,8 @@ def find_engine(engines: Mapping[str, Engine], backend: str, name: str | None) -
             f"export it with --target {backend}",
         )
     raise BackendError(
-        f"the bundle has several {TITLES[backend]} plans: {have}", "name one of them"
+        f"the bundle has several {TITLES[backend]} plans: {have}",
+        f"name one: open_runner(bundle, {backend!r}, engine=NAME)",
     )
 
 
