@@ -9,7 +9,8 @@ Sides, taken in turns, medians compared:
   ort s8      quantize_static (S8 activations, S8 weights, QDQ, per channel) in stock ONNX Runtime
   openvino    the same INT8 files, the fastest of one or two streams and of three batches
   ber         each bit flipped with probability 1e-4, 256 images a trial
-  seu         one bit a trial, suffix runs; against full INT8 runs without any injection cost
+  seu         one bit a trial, suffix runs in blocks; against full INT8 runs without any injection cost
+  shared      SEU trials in blocks against one by one, on one thread, resnet8 and ResNet18
   pytorchfi   one weight a trial in torch, float32 (`pip install pytorchfi`; without the package its
               own way is followed: copy the model, set one weight, run all images)
 """
@@ -17,8 +18,6 @@ Sides, taken in turns, medians compared:
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib
 import json
 import statistics
 import subprocess
@@ -27,42 +26,25 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import campaign_peers as peers
+from campaign_peers import THREADS, Images, Side
 
 from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.suffix import SuffixEngine
+from resq_deploy.runtime.trials import Job, Row, run_trial, run_trials
 
 IMAGES = 256
-CLASSES = 10
-THREADS = 2
-BATCHES = (16, 32, 128)
-Images = NDArray[np.float32]
-Side = Callable[[], int]  # does some work; how many images that was
-
-
-def network(name: str, images: Images, seed: int = 0) -> Any:
-    """A network with random weights and batch statistics of the images, in eval mode."""
-    import torch
-
-    from resq_deploy.networks import build
-
-    torch.manual_seed(seed)
-    net = build(name, input_shape=(3, 32, 32), classes=CLASSES, args={})
-    net.train()
-    with torch.no_grad():
-        for part in np.split(images[:128], 2):
-            net((torch.from_numpy(part) - 0.5) / 0.25)
-    return net.eval()
 
 
 def pictures(count: int, seed: int = 0) -> Images:
@@ -84,36 +66,12 @@ def float_graph(name: str, images: Images) -> onnx.ModelProto:
     """A network with random weights as FP32 ONNX."""
     from resq_deploy.export.graph import Preprocessed, to_onnx
 
-    wrapped = Preprocessed(network(name, images), [0.5] * 3, [0.25] * 3)
+    wrapped = Preprocessed(peers.network(name, images), [0.5] * 3, [0.25] * 3)
     return to_onnx(wrapped, (3, 32, 32), name=name)
 
 
-def stock_s8(fp32: Path, out: Path, images: Images) -> None:
-    """ONNX Runtime's own quantizer: S8S8, QDQ, per channel, symmetric."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.parts = iter(np.split(images[:64], 4))
-
-        def get_next(self) -> dict[str, Images] | None:
-            part = next(self.parts, None)
-            return None if part is None else {"input": part}
-
-    quantize_static(
-        fp32, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )  # fmt: skip
-
-
-def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images]:
-    """The deployed file, quantize_static's, and the images to run."""
+def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images, tuple[Any, Images]]:
+    """The deployed file, quantize_static's, the images to run, and the torch network with what it is fed."""
     fp32 = folder / "fp32.onnx"
     int8, s8 = folder / "int8.onnx", folder / "s8.onnx"
     if bundle:
@@ -121,74 +79,17 @@ def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images]:
 
         opened = Bundle.open(bundle)
         fp32, int8, images = opened.fp32, opened.int8, opened.eval_sample().images[:IMAGES]
+        net, prepared = peers.trained(opened)
+        batch = prepared(images)
     else:
         images = pictures(IMAGES)
+        net, batch = peers.network("resnet18", images), (images - 0.5) / 0.25
         graph = float_graph("resnet18", images)
         onnx.save(graph, fp32)
         onnx.save(deployed(graph, images[:64]), int8)
-    stock_s8(fp32, s8, images)
-    return int8, s8, np.ascontiguousarray(images)
-
-
-def stock_ort(path: Path, images: Images) -> dict[str, Side]:
-    """Stock ONNX Runtime, default options but for the number of threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def side(batch: int) -> Side:
-        return lambda: len(session.run(None, {name: images[:batch]})[0])
-
-    return {f"batch {b}": side(b) for b in BATCHES}
-
-
-def openvino(path: Path, images: Images) -> dict[str, Side]:
-    """OpenVINO, one stream with two threads, and two streams."""
-    import openvino as ov
-
-    core = ov.Core()
-    sides: dict[str, Side] = {}
-    for streams in (1, THREADS):
-        options = {"INFERENCE_NUM_THREADS": THREADS, "NUM_STREAMS": streams}
-        compiled = core.compile_model(core.read_model(path), "CPU", options)
-        for batch in BATCHES:
-            sides[f"{streams} streams, batch {batch}"] = _queue(
-                ov.AsyncInferQueue(compiled, streams), images[:batch], streams
-            )
-    return sides
-
-
-def _queue(queue: Any, part: Images, streams: int) -> Side:
-    def side() -> int:
-        for _ in range(streams):
-            queue.start_async({0: part})
-        queue.wait_all()
-        return streams * len(part)
-
-    return side
-
-
-def in_turns(sides: Mapping[str, Side], rounds: int, least: float = 0.25) -> dict[str, float]:
-    """Images/s of each side: median over rounds in which all sides take their turn."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    for _ in range(rounds):
-        for name, side in sides.items():
-            began, done = time.perf_counter(), 0
-            while time.perf_counter() - began < least:
-                done += side()
-            rates[name].append(done / (time.perf_counter() - began))
-    return {name: statistics.median(found) for name, found in rates.items()}
-
-
-def best(sides: dict[str, Side], rounds: int = 3) -> tuple[str, Side]:
-    """The fastest setting of one contestant."""
-    rates = in_turns(sides, rounds)
-    name = max(rates, key=lambda n: rates[n])
-    return name, sides[name]
+    peers.stock_s8(fp32, s8, images)
+    images = np.ascontiguousarray(images)
+    return int8, s8, images, (net, np.ascontiguousarray(batch, np.float32))
 
 
 def golden_rates(
@@ -202,11 +103,11 @@ def golden_rates(
         "ours, quantize_static file": lambda: len(ours_s8(images)),
     }
     for label, path in (("deployed", int8), ("quantize_static", s8)):
-        for who, make in (("ort", stock_ort), ("openvino", openvino)):
-            setting, side = best(make(path, images))
+        for who, make in (("ort", peers.stock_ort), ("openvino", peers.openvino)):
+            setting, side = peers.best(make(path, images))
             print(f"{who} on the {label} file is fastest at: {setting}", flush=True)
             sides[f"{who}, {label} file"] = side
-    return in_turns(sides, rounds), ours
+    return peers.in_turns(sides, rounds), ours
 
 
 def trials(engine: SuffixEngine, word: str, count: int, seed: int) -> Iterator[Any]:
@@ -220,7 +121,7 @@ def trials(engine: SuffixEngine, word: str, count: int, seed: int) -> Iterator[A
 def faulty_rates(
     runner: OrtRunner, images: Images, seu: int, ber: int
 ) -> tuple[dict[str, float], SuffixEngine]:
-    """Seconds of one golden run, one BER trial, one SEU trial, one full run with its injection."""
+    """Seconds of one golden run, one BER trial, one SEU trial of a block, one full run with its injection."""
     engine = SuffixEngine(runner, images)
     spent: dict[str, list[float]] = {"golden": [], "ber": [], "seu": [], "full": []}
 
@@ -239,65 +140,57 @@ def faulty_rates(
     for turn, flips in enumerate(trials(engine, "ber:1e-4", ber, seed=2)):
         timed("golden", partial(runner, images))
         timed("ber", partial(engine.run, flips))
-        for k, single in enumerate(singles[turn * block : (turn + 1) * block]):
-            got = timed("seu", partial(engine.run, single))
-            if k == 0:
-                want = timed("full", partial(full, single))
-                if got.tobytes() != want.tobytes():
-                    raise SystemExit("a suffix run differs from the full run")
+        some = singles[turn * block : (turn + 1) * block]
+        got = timed("seu", partial(engine.run_many, some))
+        spent["seu"][-1] /= len(some)
+        want = timed("full", partial(full, some[0]))
+        if got[0].tobytes() != want.tobytes():
+            raise SystemExit("a suffix run differs from the full run")
     means = {name: statistics.mean(found) for name, found in spent.items()}
     middle = {name: statistics.median(spent[name]) for name in ("golden", "ber", "full")}
     return {**means, **middle}, engine
 
 
-def pytorchfi(images: Images, count: int) -> tuple[str, float]:
-    """Seconds of a trial in torch: who did it, and the median."""
-    import torch
-
-    torch.set_num_threads(THREADS)
-    net = network("resnet18", images)
-    batch = torch.from_numpy((images - 0.5) / 0.25)
-    rng = np.random.default_rng(3)
-    name, corrupt = _pytorchfi(net)
-    spent = []
-    with torch.inference_mode():
-        net(batch[:32])
-        for _ in range(count):
+def sharing(file: Path, images: Images, count: int, rounds: int) -> float:
+    """SEU trials/s in blocks over trials/s one by one, on one thread; both give the same rows."""
+    runner = OrtRunner(onnx.load(file), threads=1)
+    engine = SuffixEngine(runner, images)
+    golden = engine.golden()
+    labels = golden.argmax(1).astype(np.int64)
+    job = Job(parse("seu"), runner.space.select(kinds=["weights"]), 0, labels)
+    block, spent = list(range(count)), (list[float](), list[float]())
+    rows = (list[Row](), list[Row]())
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: [run_trial(engine, golden, job, trial) for trial in block],
+        lambda: [r for some in run_trials(engine, golden, job, block) for r in some],
+    )
+    for _ in range(rounds):
+        for way, seconds, found in zip(ways, spent, rows, strict=True):
             began = time.perf_counter()
-            corrupt(rng)(batch)
-            spent.append(time.perf_counter() - began)
-    return name, statistics.median(spent)
+            found[:] = [replace(row, seconds=0.0) for row in way()]
+            seconds.append(time.perf_counter() - began)
+    if rows[0] != rows[1]:
+        raise SystemExit("a block gives other rows than single trials")
+    single, together = (statistics.median(seconds) for seconds in spent)
+    print(
+        f"{len(images):4d} images, {file.stem}: {single / count * 1e3:.2f} ms a trial alone,",
+        end=" ",
+    )
+    print(f"{together / count * 1e3:.2f} ms in blocks of {count}", flush=True)
+    return single / together
 
 
-def _pytorchfi(net: Any) -> tuple[str, Callable[[np.random.Generator], Any]]:
-    """A function that gives a copy of the network with one weight changed."""
-    import torch
-
-    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-
-    def by_hand(rng: np.random.Generator) -> Any:
-        clone = copy.deepcopy(net)
-        layers = [m for m in clone.modules() if isinstance(m, torch.nn.Conv2d)]
-        weight = layers[rng.integers(len(layers))].weight.data.view(-1)
-        weight[int(rng.integers(weight.numel()))] = 1.0
-        return clone
-
-    try:
-        fault_injection = importlib.import_module("pytorchfi.core").fault_injection
-    except ImportError:
-        return "its way, by hand (the package is not installed)", by_hand
-    kinds = [torch.nn.Conv2d]
-    tool = fault_injection(net, IMAGES, input_shape=[3, 32, 32], layer_types=kinds, use_cuda=False)
-
-    def by_tool(rng: np.random.Generator) -> Any:
-        layer = int(rng.integers(len(convs)))
-        where = [[int(rng.integers(n))] for n in convs[layer].weight.shape]
-        keys = ("k", "dim1", "dim2", "dim3")
-        return tool.declare_weight_fi(
-            layer_num=[layer], **dict(zip(keys, where, strict=True)), value=[1.0]
-        )
-
-    return "pytorchfi", by_tool
+def shared(int8: Path, images: Images, rounds: int) -> dict[str, float]:
+    """What blocks gain: resnet8 on 16, 64 and 256 images, and ResNet18 on all."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        small, own = Path(folder) / "resnet8.onnx", pictures(256)
+        onnx.save(deployed(float_graph("resnet8", own), own[:64]), small)
+        for count in (16, 64, 256):
+            key = f"seu_shared_vs_single_resnet8_{count}"
+            found[key] = sharing(small, own[:count], max(64, 4096 // count), rounds)
+    found["seu_shared_vs_single_resnet18"] = sharing(int8, images, 16, max(1, rounds // 2))
+    return {"seu_shared_vs_single": found["seu_shared_vs_single_resnet8_16"], **found}
 
 
 def peak_bytes() -> int:
@@ -309,7 +202,6 @@ def peak_bytes() -> int:
 def long_campaign(count: int, file: str) -> None:
     """In a process of its own, without torch: SEU trials, then peak memory and seconds as JSON."""
     from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
-    from resq_deploy.runtime.trials import Job
 
     runner = OrtRunner(onnx.load(file), threads=1)
     engine = SuffixEngine(runner, pictures(16))
@@ -370,20 +262,22 @@ def main() -> None:
     parser.add_argument("--ber", type=int, default=8, help="BER trials")
     parser.add_argument("--pytorchfi", type=int, default=3, help="trials in torch")
     parser.add_argument("--long", type=int, default=100_000, help="SEU trials on resnet8, 0: none")
+    parser.add_argument("--shared", type=int, default=1, help="0: not what blocks of trials gain")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if args.child:
         return long_campaign(int(args.child[0]), args.child[1])
     with tempfile.TemporaryDirectory() as folder:
-        int8, s8, images = files(Path(folder), args.bundle)
+        int8, s8, images, (net, batch) = files(Path(folder), args.bundle)
         rates, runner = golden_rates(int8, s8, images, args.rounds)
         cost, engine = faulty_rates(runner, images, args.seu, args.ber)
-    name, seconds = pytorchfi(images, args.pytorchfi)
+        gains = shared(int8, images, args.rounds) if args.shared else {}
+    name, seconds = peers.pytorchfi(net, batch, args.pytorchfi)
     ratios = report(rates, {**cost, f"torch, {name}": seconds}, seconds)
     print(f"suffix runs: {engine.info['bytes'] / 2**20:.0f} MiB of golden tensors, {engine.work}")
     extra = memory(args.long) if args.long else {}
-    print(json.dumps({k: round(v, 3) for k, v in {**ratios, **extra}.items()}))
+    print(json.dumps({k: round(v, 3) for k, v in {**ratios, **gains, **extra}.items()}))
     return None
 
 
