@@ -35,6 +35,7 @@ from resq_deploy.export.twin_ops import Node
 from resq_deploy.export.twin_plan import DQ, FAKE, OPS, Q, Step, plan
 from resq_deploy.export.twin_shapes import DTYPES
 from resq_deploy.faults import Flips, TensorFlips, flip_bits
+from resq_deploy.onnx_file import read_onnx
 
 _RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(2**31), 2**31 - 1)}
 _CODE_LIMIT = 127  # of learnable weight codes: what the project's quantizer writes
@@ -50,7 +51,7 @@ class Twin(nn.Module):
 
     def __init__(self, model: onnx.ModelProto | str | os.PathLike[str]) -> None:
         super().__init__()
-        self._model = model if isinstance(model, onnx.ModelProto) else onnx.load(os.fspath(model))
+        self._model = model if isinstance(model, onnx.ModelProto) else read_onnx(model)
         graph = self._model.graph
         self._slots = {tensor.name: f"t{i}" for i, tensor in enumerate(graph.initializer)}
         for tensor in graph.initializer:

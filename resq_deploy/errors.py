@@ -11,7 +11,7 @@
         MissingExtra          ... because an optional dependency is not installed
       CampaignError           a campaign that cannot run, or a journal that belongs to another one
       RequirementError        a `--require` expression that cannot be read
-      ReportError             a report that cannot be read or written (report/files.py)
+      ReportError             a report that cannot be read or written
 
 A requirement that was read and not met is a result, not an error. Anything that is not a ResqError is a bug of ours.
 """
@@ -74,3 +74,7 @@ class CampaignError(ResqError):
 
 class RequirementError(ResqError):
     """A requirement that cannot be read."""
+
+
+class ReportError(ResqError):
+    """A report that cannot be read or written."""

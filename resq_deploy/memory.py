@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from resq_deploy.errors import ModelError
 from resq_deploy.faults import FaultSpace, Kind, Memory
+from resq_deploy.onnx_file import read_onnx
 
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PASSED_BY = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Unsqueeze"})
@@ -23,9 +24,9 @@ def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
     INT8 codes behind a DequantizeLinear are `weights`; scales and zero points of Q/DQ are `scales` and
     `zero-points`; the bias of Conv or Gemm, and an addend of one value per channel, is `bias`; any
     other float parameter is `float`. Integer constants that only describe shapes are no weight memory.
-    Raises ModelError where the graph has no INT8 weights.
+    Raises ModelError where the graph has no INT8 weights, IntegrityError for a file that read_onnx refuses.
     """
-    proto = model if isinstance(model, onnx.ModelProto) else onnx.load(os.fspath(model))
+    proto = model if isinstance(model, onnx.ModelProto) else read_onnx(model)
     arrays = {t.name: t for t in proto.graph.initializer}
     memories, seen = [], set[str]()
     for name, layer, kind in _uses(proto.graph, arrays):

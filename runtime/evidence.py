@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
 from resq_deploy import __version__
 from resq_deploy.bundle import INT8, MANIFEST, Bundle, sha256_of
+from resq_deploy.errors import CampaignError
 from resq_deploy.faults import FaultSpace
 from resq_deploy.report.model import Campaign, Cell, Figure, Subject, Vulnerability
 from resq_deploy.runtime.figures import CampaignResult
@@ -142,6 +146,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What it takes to run this validation again."""
     return {
+        "time": finished(),
         "resq_deploy": __version__,
         "numpy": np.__version__,
         "command": list(command),
@@ -152,3 +157,14 @@ def provenance(
             "seed": bundle.manifest.provenance.seed,
         },
     }
+
+
+def finished() -> str:
+    """When a validation ended, UTC, `2030-01-01T00:00:00Z`; SOURCE_DATE_EPOCH where a build sets it."""
+    try:
+        now = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+        return datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError) as error:
+        raise CampaignError(
+            "SOURCE_DATE_EPOCH is no time", "seconds since 1970, or unset"
+        ) from error

@@ -28,6 +28,7 @@ from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
+from resq_deploy.onnx_file import read_onnx
 from resq_deploy.runtime.forms import MS, Lowered
 from resq_deploy.runtime.graph import Graph, sane_scale
 from resq_deploy.runtime.lower import lower_graph
@@ -89,7 +90,7 @@ class OrtRunner(Runner):
             raise BackendError(
                 f"the ort backend has no option {sorted(options)[0]!r}", "it has threads and exact"
             )
-        return cls(onnx.load(os.fspath(bundle.int8)), threads=threads, exact=exact)
+        return cls(read_onnx(bundle.int8), threads=threads, exact=exact)
 
     @property
     def info(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from pydantic import ValidationError
 
 from resq_deploy import strict_json
-from resq_deploy.errors import ResqError
+from resq_deploy.errors import ReportError
 from resq_deploy.report import page, words
 from resq_deploy.report.markup import clean
 from resq_deploy.report.model import Campaign, Figure, JointAttack, Report, Vulnerability
@@ -31,10 +31,6 @@ _REQUIREMENT = ("expression", "figure", "compared", "value", "operator", "thresh
 _VERDICT = ("met", "certain")
 
 Row = Sequence[Any]
-
-
-class ReportError(ResqError):
-    """A report cannot be read or written."""
 
 
 def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
@@ -190,11 +186,12 @@ def _vulnerabilities(
 
 
 def _properties(report: Report) -> list[tuple[str, str]]:
+    settings = report.provenance.get("settings") or {}
     return [
         ("model.int8.onnx sha256", report.subject.int8_sha256),
         ("manifest.json sha256", report.subject.manifest_sha256),
         ("backend", str(report.runner.get("backend", ""))),
-        ("seed", str(report.provenance.get("seed", ""))),
+        ("seed", str(settings.get("seed", ""))),
     ]
 
 

@@ -72,10 +72,9 @@ def report(demands: tuple[str, ...] = DEMANDS, **changes: Any) -> Report:
         "warnings": ("synthetic figures: no network was run",),
         "provenance": {
             "command": ["resq-validate", "example.resq", "--require", "accuracy >= 90%"],
-            "seed": 0,
             "time": "2030-01-01T00:00:00Z",
             "versions": {"python": "3.11.2", "onnxruntime": "1.31.0", "numpy": "2.4.0"},
-            "settings": {"samples": 256, "margin": 0.01},
+            "settings": {"samples": 256, "margin": 0.01, "seed": 0},
         },
     }
     return Report(**(fields | changes))

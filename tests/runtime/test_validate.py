@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,3 +232,13 @@ def test_an_unsigned_bundle_is_refused_where_a_key_is_given(
     assert _run(bundle, tmp_path / "r", "--key", str(public)) == 2
     assert "sign" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_report_says_when(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1893456000")
+    assert evidence.provenance({}, (), bundle)["time"] == "2030-01-01T00:00:00Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "soon")
+    with pytest.raises(CampaignError, match="SOURCE_DATE_EPOCH"):
+        evidence.finished()
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", evidence.finished())
