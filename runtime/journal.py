@@ -18,10 +18,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from resq_deploy.errors import CampaignError
+from resq_deploy.runtime.closing import Closing
 from resq_deploy.runtime.trials import Job, Row, TrialEngine, run_trial
 
 VERSION = 1
@@ -41,7 +41,7 @@ _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE campaign = ?"
 _SIDE_FILES = ("", "-wal", "-shm", "-journal")
 
 
-class Journal:
+class Journal(Closing):
     """An open journal. `identity` (JSON types) is what it belongs to: bundle, backend, images, seed, ..."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -135,17 +135,6 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError, DataError, FaultError
 from resq_deploy.faults import FaultSpace, Flips
+from resq_deploy.runtime.closing import Closing
 
 # Loaded on first use, so that a device needs only the runtime it has.
 BACKENDS = {
@@ -28,7 +28,7 @@ Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
 
 
-class Runner(ABC):
+class Runner(Closing, ABC):
     """A deployed network that can be run, and whose weight memory can be flipped.
 
         with open_runner(bundle) as r:
@@ -94,20 +94,6 @@ class Runner(ABC):
     def info(self) -> dict[str, Any]:
         """What ran, for the report: library version, threads, way of injection, ... JSON types only."""
         return {"backend": self.backend}
-
-    def close(self) -> None:  # noqa: B027 - most backends hold nothing
-        """Give back what the backend holds. A closed runner cannot be used again."""
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @abstractmethod
     def _infer(self, images: Images) -> Logits:
