@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--agreement-samples", type=int, default=10_000)
     parser.add_argument("--square-samples", type=int, default=500)
     parser.add_argument("--square-queries", type=int, default=1000)
-    parser.add_argument("--apgd-steps", type=int, default=50)
+    parser.add_argument("--apgd-steps", type=int, default=100)
     parser.add_argument("--eps", type=parse_eps, default=8 / 255)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--adjust", action="store_true", help="with stage III")

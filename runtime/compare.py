@@ -28,7 +28,7 @@ Threat = Literal["faults", "attacks"]
 Effect = Literal["helps", "hurts", "undecided"]
 Measure = Callable[[Bundle], Report]
 
-_FAULT, _ATTACK = "accuracy@ber=", "robust@"
+_FAULT, _ATTACK, _AWARE = "accuracy@ber=", "robust@", ",aware@"
 _STAGES = {"I": {"stage I", "1"}, "II": {"stage II", "2"}}
 
 
@@ -80,7 +80,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """From one bundle to the next. `against`: the threats that the stages it adds are for; `clean`: what it costs."""
+    """From one bundle to the next. `against`: the threats that the stages it adds are for; `clean`: what it costs.
+
+    `both`: what it did under attacks that know the faults, at the highest rate that all bundles have; None: none has.
+    """
 
     before: str
     after: str
@@ -89,6 +92,7 @@ class Step:
     clean: Change
     fault: Change
     attack: Change
+    both: Change | None = None
 
     @property
     def failed(self) -> bool:
@@ -120,7 +124,8 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
     common = set.intersection(*(set(s.figures) for s in subjects))
     fault = _hardest_fault(common)
     attack = _hardest_attack(common, subjects)
-    steps = tuple(_step(before, after, fault, attack) for before, after in pairs(subjects))
+    both = max((n for n in common if _AWARE in n), key=lambda n: (_rate(n), n), default=None)
+    steps = tuple(_step(*pair, fault, attack, both) for pair in pairs(subjects))
     names = dict.fromkeys(n for s in subjects for n in s.figures if _shown(n))
     return Comparison(
         tuple(subjects), tuple(sorted(names, key=_order)), fault, attack, steps, verdict(steps)
@@ -210,7 +215,7 @@ def _tally(what: str, which: str, effects: Sequence[Effect]) -> str:
     return f"{what} {said} of {len(effects)} step{'s' * (len(effects) > 1)}."
 
 
-def _step(before: Subject, after: Subject, fault: str, attack: str) -> Step:
+def _step(before: Subject, after: Subject, fault: str, attack: str, both: str | None) -> Step:
     added = tuple(s for s in after.stages if s not in before.stages)
     against = [t for t, stages in _AGAINST.items() if set(added) & stages]
     return Step(
@@ -221,6 +226,7 @@ def _step(before: Subject, after: Subject, fault: str, attack: str) -> Step:
         difference("accuracy", before.figures["accuracy"], after.figures["accuracy"]),
         difference(fault, before.figures[fault], after.figures[fault]),
         difference(attack, before.figures[attack], after.figures[attack]),
+        difference(both, before.figures[both], after.figures[both]) if both else None,
     )
 
 
@@ -269,7 +275,7 @@ def _order(name: str) -> tuple[int, int, float, str]:
     attack = name.removeprefix(_ATTACK).partition(",")[0]
     strength = ATTACKS.index(attack) if attack in ATTACKS else len(ATTACKS)
     both = name.count("@") > 1
-    return (2 + both + (",aware@" in name), strength, _rate(name), name)
+    return (2 + both + (_AWARE in name), strength, _rate(name), name)
 
 
 def _name(path: Path) -> str:

@@ -26,6 +26,7 @@ _NAME = 10  # characters of a bundle's name
 _WIDTH = 79
 _EFFECTS = {"helps": "higher", "hurts": "lower", "undecided": "not clear"}
 _ONE_TRAINING = (
+    "Faults run on the first images of the sample, so their rows can lie above the clean one. "
     "Intervals are over images and faults. Each bundle is one training: "
     "two seeds of one recipe can differ by more."
 )
@@ -183,10 +184,13 @@ def _step(step: Step) -> Iterable[Text]:
         ("clean", step.clean),
         ("faults", step.fault),
         ("attacks", step.attack),
+        ("both", step.both),
     ):
+        if change is None:
+            continue
         low, high = (_signed(end) for end in (change.low, change.high))
         yield Text(
-            f"  {threat:<8}{_figure(change):<14}{_signed(change.difference):>6} points "
+            f"  {threat:<8}{_figure(change):<25}{_signed(change.difference):>6} points "
             f"({low} to {high}): {_EFFECTS[change.effect]}"
         )
 

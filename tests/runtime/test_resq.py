@@ -241,7 +241,8 @@ def test_compare(resq: Any, tmp_path: Path) -> None:
     ran = resq("compare", *paths)
     assert ran.status == 0
     assert max(map(len, ran.out.splitlines())) <= 80
-    assert "BER 1e-2        +5.0 points" in ran.out
+    assert "BER 1e-2                   +5.0 points" in ran.out
+    assert "both    pgd 8/255, known BER 1e-2" in ran.out
     assert "pgd 8/255, known BER 1e-2" in " ".join(ran.out.split())
     found = json.loads(resq("compare", *paths, "--json").out)
     assert [b["name"] for b in found["bundles"]] == [p.stem for p in paths]
