@@ -1,8 +1,9 @@
 """RESQ stage III after training: an INT8 graph that keeps FP32's answers, also when bits of its weights flip.
 
-    1 equalize   channels are rescaled so that a flip moves less (equalize.py); the ranges are calibrated anew
-    2 distill    codes and biases learn FP32's logits, golden and flipped, on clean and adversarial images (distill.py)
-    3 guard      each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
+    1 equalize      channels are rescaled so that a flip moves less (equalize.py); the ranges are calibrated anew
+    2 reconstruct   scales get smaller where that costs less than flips do; codes make up for it (reconstruct.py)
+    3 distill       codes and biases learn FP32's logits, golden and flipped, on clean and attacked images (distill.py)
+    4 guard         each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
 
 Needed are some hundred unlabelled images and no training loop over a training set. docs/stage-3.md
 has the equations, and what was tried and dropped.
@@ -28,6 +29,7 @@ from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.guard import Guard, Scores, objections
+from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
 from resq_deploy.metrics import top1
@@ -39,13 +41,14 @@ EPS = 8 / 255
 _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
 _MOST_HELD_OUT = 512
-_WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
+_LOOKED_AT = 256  # images that the statistics of layers' inputs come from
+_WORK = 3e13  # multiply-accumulates that distillation may take: minutes on two cores
 _ELEMENT = 100  # multiply-accumulates that take as long as one element of an activation
-_STEPS = (40, 240)
+_STEPS = (40, 480)
 _TAUGHT_BER = (
     1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
 )
-_CLEAN_POWER = 0.6  # weight of the golden pass: (taught BER / design BER) ** 0.6
+_CLEAN_POWER = 1.0  # weight of the golden pass: (taught BER / design BER) ** 0.6
 _SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
 _HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
 _PART = 16  # ... so many images go through a network with gradients at once
@@ -150,9 +153,13 @@ class _Stage:
         equalized, gains = self._equalized()
         steps.append({"step": "equalize", "groups": gains} | self._judge(equalized, plain))
         base = equalized if not objections(equalized.scores, plain.scores) else plain
+        rebuilt, factors = self._reconstructed(base)
+        steps.append({"step": "reconstruct", "scales": factors} | self._judge(rebuilt, plain))
+        tried = [plain, base, rebuilt]
+        base = rebuilt if not objections(rebuilt.scores, plain.scores) else base
         learned, recipe = self._distilled(base)
         steps.append({"step": "distill", **recipe} | self._judge(learned, plain))
-        tried = [plain, base, learned]
+        tried.append(learned)
         for share in _SHARES:
             if not objections(tried[-1].scores, plain.scores):
                 break
@@ -187,7 +194,7 @@ class _Stage:
     def _equalized(self) -> tuple[Candidate, list[dict[str, Any]]]:
         found = tensors(groups(self.fp32))
         moments = {name: Moments() for name in found}
-        for _, values in Probe(self.fp32, found, self.threads).run(self.learn[:256]):
+        for _, values in Probe(self.fp32, found, self.threads).run(self.learn[:_LOOKED_AT]):
             for name in found:
                 moments[name].add(values[name])
         same, gains = equalize(self.fp32, moments, self.ber)
@@ -197,6 +204,20 @@ class _Stage:
         )
         model = qdq.quantize_graph(same, ranges, half_scales=self.half_scales)
         return self._scored("equalized", model, same, ranges), gains
+
+    def _reconstructed(self, base: Candidate) -> tuple[Candidate, dict[str, float]]:
+        model, factors = reconstruct(
+            base.fp32,
+            base.ranges,
+            self.learn[:_LOOKED_AT],
+            self.ber,
+            half_scales=self.half_scales,
+            seed=self.seed,
+            threads=self.threads,
+            reporter=self.say,
+        )
+        name = f"{base.name}, reconstructed"
+        return self._scored(name, model, base.fp32, base.ranges), factors
 
     def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         low, high = _STEPS

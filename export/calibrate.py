@@ -218,7 +218,8 @@ class Probe:
         if self._fixed > size:
             pad = np.repeat(images[-1:], self._fixed - size, axis=0)
             images = np.concatenate([images, pad])
-        values = self._session.run(self._outputs, {self._input.name: images})
+        feed = {self._input.name: images}
+        values = self._session.run(self._outputs, feed) if self._outputs else []
         found = dict(zip(self._outputs, values, strict=True))
         if self._input.name in self.tensors:
             found[self._input.name] = images

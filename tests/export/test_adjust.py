@@ -92,7 +92,7 @@ def test_it_gains_under_flips_and_the_record_says_so(adjusted: Adjusted) -> None
     assert Adjustment.model_validate_json(record.model_dump_json()) == record
     assert record.applied
     assert record.design_ber == BER
-    assert [s["step"] for s in record.steps][:2] == ["equalize", "distill"]
+    assert [s["step"] for s in record.steps][:3] == ["equalize", "reconstruct", "distill"]
     assert record.measured["adjusted"]["faulty"] > record.measured["plain"]["faulty"]
     ours, theirs = guard().measure(adjusted.model), guard().measure(plain()[1])
     assert ours.divergence < theirs.divergence
@@ -147,7 +147,7 @@ def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "distill", ruined)
     made = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, threads=1)
     steps = [s["step"] for s in made.record.steps]
-    assert steps == ["equalize", "distill", "back off", "back off", "back off"]
+    assert steps == ["equalize", "reconstruct", "distill", *["back off"] * 3]
     assert made.record.steps[1]["loses"]
     assert made.record.measured["kept"] in ("plain", "equalized")
 
