@@ -30,7 +30,7 @@ demo: $(STAMP) ## Harden, export and validate a small network; ends with the pat
 	    --ber 1e-4,1e-3,1e-2 --require 'accuracy >= 0.9' --require 'low(accuracy@ber=1e-3) >= 0.9'
 	@echo "The report: $(abspath $(DEMO)/report/report.html)"
 
-test: lint types unit package ## The whole check: lint, types, tests, packaging guards.
+test: lint types unit package docs ## The whole check: lint, types, tests, packaging guards, documents.
 
 lint: $(STAMP) ## Style.
 	$(BIN)/ruff check .
@@ -46,7 +46,7 @@ package: $(STAMP) ## sdist -> wheel -> a bare environment: every module imports,
 	$(BIN)/python -m tests.packaging
 
 docs: $(STAMP) ## The documentation site, into build/site; no warnings.
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 fuzz: $(STAMP) ## 100,000 mutated inputs for every reader of outside data; takes minutes.
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'

@@ -42,7 +42,7 @@ def summary(report: Report) -> Safe:
     if (both := words.worst_of_both(report)) is not None:
         tiles.append(_tile("Both at once", *both))
     if (natural := report.figures.get("accuracy@corruptions")) is not None:
-        tiles.append(_tile("Corruptions", "accuracy, mean over all", natural))
+        tiles.append(_tile("Corruptions", "accuracy, mean over corruptions", natural))
     return section(
         "summary",
         "In short",

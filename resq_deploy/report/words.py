@@ -34,6 +34,12 @@ GLOSSARY = {
     "robust accuracy": "The share of images still classified correctly after an attacker altered them.",
     "eps": "The attacker's budget: how far each pixel (L-inf), or the image as a whole (L2), may move; "
     "pixels lie between 0 and 1.",
+    "FGSM, PGD, APGD": "Attacks that follow the gradient of the network, from one step to a hundred; "
+    "apgd-t tries one wrong class after the other. worst: each image under the strongest of all that ran.",
+    "Square, HopSkipJump": "Attacks that only ask the network for answers, as anyone with the device can.",
+    "twin": "A copy of the INT8 network that has gradients: attacks are crafted on it, and judged on the artifact.",
+    "corruption": "What happens to images without an attacker: noise, blur, weather, compression; "
+    "severity 1 is mild, 5 strong.",
     "interval": "Where the true figure lies, at the stated confidence, given how much was measured.",
     "bit 7": "The most significant bit of an INT8 weight, its sign; bit 0 is the least significant.",
 }
@@ -157,6 +163,13 @@ def budget(norm: str, eps: float) -> str:
     return f"{_NORMS.get(norm, norm)} {format_eps(eps)}"
 
 
+def budget_words(norm: str, eps: float) -> str:
+    """What an attacker may do: `each pixel by 8/255 of its range`."""
+    if norm == "linf":
+        return f"each pixel by {format_eps(eps)} of its range"
+    return f"an image by a length of {format_eps(eps)}"
+
+
 def aware_name(attack: JointAttack) -> str:
     """Inputs that know the faults, as figures name them: `pgd,eps=8/255,aware`."""
     return f"{attack_name(attack)},aware"
@@ -244,7 +257,8 @@ def findings(report: Report) -> list[str]:
     ]
     said += _fault_findings(report)
     said += [
-        f"Under the attack {attack_name(attack)} it still classifies {both(attack.robust)} correctly."
+        f"Under the attack {attack.attack}, which may change {budget_words(attack.norm, attack.eps)}, "
+        f"it still classifies {both(attack.robust)} correctly."
         for attack in sorted(report.attacks, key=lambda a: a.robust.mean)[:1]
     ]
     if (least := worst_of_both(report)) is not None:
@@ -256,7 +270,7 @@ def worst_of_both(report: Report) -> tuple[str, Figure] | None:
     """The lowest accuracy with attack and faults together, and what they were; None where that was not run."""
     found = [(campaign_name(c), c.accuracy) for c in report.campaigns if c.on != "clean"]
     found += [
-        (f"{fault_name(j.fault)}, on {attack_name(j)} by one who knows the flipped bits", j.aware)
+        (f"{fault_name(j.fault)} known to the attacker, on {attack_name(j)}", j.aware)
         for j in report.joint
     ]
     return min(found, key=lambda pair: pair[1].mean, default=None)

@@ -137,7 +137,7 @@ def test_a_figure_is_never_rounded_to_certainty(low: float, mid: float, high: fl
 def test_the_worst_of_both_is_who_knows_the_faults() -> None:
     said = [line for line in words.findings(example.report()) if line.startswith("With both")]
     assert len(said) == 1
-    assert "knows the flipped bits, it classifies 31.0%" in said[0]
+    assert "known to the attacker, on pgd,eps=8/255, it classifies 31.0%" in said[0]
     assert words.group_of("robust@pgd,eps=8/255,aware@ber=1e-2") == "both at once"
 
 
