@@ -147,9 +147,10 @@ def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "distill", ruined)
     made = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, threads=1)
     steps = [s["step"] for s in made.record.steps]
-    assert steps == ["equalize", "reconstruct", "distill", *["back off"] * 3]
+    assert steps[:3] == ["equalize", "reconstruct", "distill"]
+    assert set(steps[3:]) == {"back off"}
     assert made.record.steps[2]["loses"]
-    assert "distilled" not in made.record.measured["kept"]
+    assert not made.record.measured["kept"].endswith("distilled")
 
 
 def ruined(int8: onnx.ModelProto, *_: object, **__: object) -> onnx.ModelProto:
