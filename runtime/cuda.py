@@ -6,7 +6,7 @@ The two kernels are PTX, which the driver compiles: a device image needs no nvcc
 from __future__ import annotations
 
 import atexit
-import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -215,11 +215,16 @@ def _failed(driver: Any, error: Exception) -> BackendError:
 
 def _driver(backend: str) -> Any:
     try:
-        from pycuda import driver
+        with warnings.catch_warnings():  # pycuda says in a warning what it then raises
+            warnings.simplefilter("ignore")
+            from pycuda import driver
     except ModuleNotFoundError as error:
         raise MissingExtra("pycuda", "cuda") from error
     except ImportError as error:  # libcuda.so.1 belongs to the driver
-        if re.search(r"libcuda", str(error)):
+        if "libcuda.so" in str(error):
             raise no_gpu(backend, "run a plan") from error
-        raise
+        raise BackendError(
+            f"pycuda is installed but does not load: {error}",
+            "update the NVIDIA driver, or compile pycuda again for the CUDA that is installed",
+        ) from error
     return driver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -186,6 +187,25 @@ def test_without_pycuda_the_message_names_its_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(MissingExtra, match=r"pycuda is not installed .*resq-deploy\[cuda\]"):
         CudaDevice("tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("libcuda.so.1: cannot open shared object file", "needs an NVIDIA GPU with its driver"),
+        ("_driver.so: undefined symbol: cuCtxCreate_v4", "pycuda is installed but does not load"),
+    ],
+)
+def test_pycuda_that_does_not_load(monkeypatch: pytest.MonkeyPatch, reason: str, said: str) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            warnings.warn("Failed to import the CUDA driver interface", stacklevel=2)
+            raise ImportError(reason)
+
+    monkeypatch.setitem(sys.modules, "pycuda", Broken("pycuda"))
+    monkeypatch.delitem(sys.modules, "pycuda.driver", raising=False)
+    with pytest.raises(BackendError, match=said):
+        CudaDevice("tensorrt")
 
 
 def test_the_kernels_are_one_but_for_what_they_do_with_a_byte() -> None:
