@@ -33,7 +33,8 @@ from resq_deploy.runtime.trials import (
 _START_SECONDS = 600.0  # until a worker has opened its engine and run golden
 _LEAST_SECONDS = 60.0  # a trial is never given less than this, unless asked for
 _SPARE = 10.0  # ... and for each other trial of its batch so many times what one takes
-_BATCH_SECONDS = 0.5  # of work sent to a worker at once
+_BATCH_SECONDS = 0.1  # of work sent to a worker at once ...
+_BLOCK_SECONDS = 0.5  # ... and where it runs trials together
 _MOST = 256  # trials sent to a worker at once
 _AHEAD = 20_000  # a trial is not begun while one so much older is unfinished
 _ATTEMPTS = 2
@@ -142,7 +143,7 @@ class ProcessPool(Crew):
         """Send more trials to a worker that will soon have none."""
         if not worker.ready:
             return
-        most = self._batch(_BATCH_SECONDS, _MOST)
+        most = self._batch(_BLOCK_SECONDS if worker.shares else _BATCH_SECONDS, _MOST)
         if worker.held > most // 2:
             return
         batch = run.take(most)
