@@ -42,8 +42,9 @@ types: $(STAMP) ## Types, strict, of the package and its tests.
 unit: $(STAMP) ## The tests.
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-package: $(STAMP) ## sdist -> wheel -> a bare environment: every module imports, every command answers.
+package: $(STAMP) ## sdist -> wheel -> environments without torch: modules import, commands answer, attacks run.
 	$(BIN)/python -m tests.packaging
+	$(BIN)/python -m tests.on_device
 
 docs: $(STAMP) ## The documentation site, into build/site; no warnings.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
