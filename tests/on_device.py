@@ -51,8 +51,8 @@ def main() -> None:
         bundle = write_bundle(work / "m.resq", faulty=True)
         venv.create(work / "device", with_pip=True)
         bin_ = work / "device" / "bin"
-        install = [bin_ / "python", "-m", "pip", "install", "--quiet"]
-        _run(*install, "-c", ROOT / "constraints.txt", f"{ROOT}[attacks]")
+        pip = (bin_ / "python", "-m", "pip", "install", "--quiet")
+        _run(*pip, "-c", ROOT / "constraints.txt", f"{ROOT}[attacks]")
         _run(bin_ / "python", "-c", NO_TORCH)
         few = ["--ber", "1e-2", "--faults", "", "--trials", "2", "--workers", "1", "--joint"]
         attacks = ["--attack", "noise,square,hopskipjump", "--eps", "8/255", "--quiet"]
