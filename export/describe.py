@@ -28,6 +28,10 @@ _PACKAGES = frozenset(
 )
 
 
+LEAST_AGREEMENT = 0.97  # of INT8 with FP32, below which an export says so
+MOST_LOST = 0.02  # of accuracy
+
+
 def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Metrics:
     """FP32 against INT8 on a held-out sample, both in ONNX Runtime on the CPU."""
     exact, coded = graph.run(fp32, sample.images), graph.run(int8, sample.images)
@@ -37,6 +41,20 @@ def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Met
         int8_accuracy=accuracy(coded, sample.labels),
         agreement=agreement(exact, coded),
         sqnr_db={int8.graph.output[0].name: sqnr_db(exact, coded)},
+    )
+
+
+def doubts(metrics: Metrics, ranges: Mapping[str, Range]) -> str | None:
+    """What to say where INT8 is not what FP32 was; None where all is well."""
+    lost = metrics.fp32_accuracy - metrics.int8_accuracy
+    if metrics.agreement >= LEAST_AGREEMENT and lost <= MOST_LOST:
+        return None
+    worst = sorted(ranges.items(), key=lambda item: item[1].sqnr_db)[:3]
+    named = ", ".join(f"{name} ({span.sqnr_db:.1f} dB)" for name, span in worst)
+    return (
+        f"INT8 agrees with FP32 on {metrics.agreement:.1%} of the held-out images and loses"
+        f" {100 * lost:.1f} points of accuracy; activations that INT8 holds worst: {named}."
+        " Below about 15 dB a few outliers take the whole range: look at how the network was trained"
     )
 
 

@@ -123,6 +123,8 @@ def export_model(
         fp32, loaded, drawn, high_precision, adjust, design_ber, parse_eps(eps), seed, say
     )
     metrics = describe.compare(fp32, made.deployed, drawn.held_out)
+    if said := describe.doubts(metrics, made.ranges):
+        say.warn(said)
 
     with BundleWriter(target, force=force) as writer:
         _save(fp32, writer.dir / FP32)

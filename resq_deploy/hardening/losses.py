@@ -27,6 +27,23 @@ def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> T
     return torch.stack(parts).mean()
 
 
+def statistics_drift(inputs: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
+    """How far BatchNorms' running statistics are from what they read: the mean over layers and channels of
+
+        KL(N(m, v) || N(m_r, v_r)) = (v / v_r + (m - m_r)^2 / v_r - 1 - ln(v / v_r)) / 2
+
+    m, v of the batch, m_r, v_r running (Gaussian KL divergence; nats). 0 without a BatchNorm.
+    """
+    terms = []
+    for norm, value in inputs:
+        x = value.float().transpose(0, 1).flatten(1)
+        running = norm.running_var.float() + _TINY  # type: ignore[operator]
+        ratio = (x.var(1, unbiased=False) + _TINY) / running
+        shift = (x.mean(1) - norm.running_mean.float()).square() / running  # type: ignore[operator]
+        terms.append((ratio + shift - 1 - ratio.log()).mean() / 2)
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
 def lipschitz_penalty(network: nn.Module) -> Tensor:
     """Sum over layers of ||W^T W - I||_F^2 (Defensive Quantization: Lin et al., ICLR 2019,
     1904.08444, eq. 7).

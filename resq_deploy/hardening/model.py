@@ -104,6 +104,34 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             norm.train()
 
 
+class NormInputs:
+    """Catches what each BatchNorm reads, in passes that ask for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._caught: list[tuple[nn.Module, Tensor]] | None = None
+        norms = [m for m in model.modules() if isinstance(m, _BATCHNORM)]
+        self._handles = [norm.register_forward_pre_hook(self._hook) for norm in norms]
+
+    def _hook(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._caught is not None:
+            self._caught.append((norm, args[0]))
+
+    @contextmanager
+    def caught(self) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+        """(BatchNorm, its input) of the passes within, in order."""
+        found: list[tuple[nn.Module, Tensor]] = []
+        self._caught = found
+        try:
+            yield found
+        finally:
+            self._caught = None
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
 def has_batchnorm(network: nn.Module) -> bool:
     """Whether any layer normalizes over the batch."""
     return any(isinstance(m, _BATCHNORM) for m in network.modules())

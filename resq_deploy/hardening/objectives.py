@@ -14,8 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from resq_deploy.hardening import codes, perturb
-from resq_deploy.hardening.losses import feature_distance, lipschitz_penalty, mixed
-from resq_deploy.hardening.model import Pixels, Probe, frozen_statistics
+from resq_deploy.hardening.losses import (
+    feature_distance,
+    lipschitz_penalty,
+    mixed,
+    statistics_drift,
+)
+from resq_deploy.hardening.model import NormInputs, Pixels, Probe, frozen_statistics
 from resq_deploy.hardening.recipe import Attack, Fault, Perturbation
 
 _WARMUP = 1 / 3  # of stage II: the share of training in which the BER rises
@@ -143,17 +148,19 @@ class AttackObjective(Plain):
 
 
 class FaultObjective(AttackObjective):
-    """Stage II: (1 - b) CE(f(x; w_q), y) + b CE(f(x'; w_f), y) + lambda D(f(x'; w_f), f(x; w_q)).
+    """Stage II: (1 - b) CE(f(x; w_q), y) + b CE(f(x'; w_f), y) + lambda D(f(x'; w_f), f(x; w_q)) + d KL.
 
     w_q are the weights as INT8 codes say them, w_f the same with fresh bit flips, both
     straight-through. x' is the perturbed image of stage I where that stage is kept (`attack`), else
-    x: the network is asked to bear both at once.
+    x: the network is asked to bear both at once. KL keeps BatchNorm's frozen statistics true to the
+    weights, which nothing else does (losses.statistics_drift).
     """
 
     def __init__(self, model: Pixels, settings: Fault, attack: Attack, keep_attack: bool) -> None:
         super().__init__(model, attack)
         self.fault, self.keep_attack = settings, keep_attack
         self.sensitivity = codes.Sensitivity(model.network, settings.sensitivity)
+        self.norms = NormInputs(model)
 
     def run(self, step: Step) -> Outcome:
         """A fault-free and a faulty pass."""
@@ -161,10 +168,12 @@ class FaultObjective(AttackObjective):
         network = self.model.network
         kind = s.perturbations[_draw(len(s.perturbations), step.shared)]
         clean = step.images.detach().requires_grad_(self.keep_attack and kind == "fgsm")
-        with step.autocast(), frozen_statistics(self.model):
+        with step.autocast(), frozen_statistics(self.model), self.norms.caught() as read:
             logits, features = self.probe(clean, codes.faulty_weights(network, 0.0, step.shared))
             first = functional.cross_entropy(logits, step.targets)
-        step.backward((1 - f.faulty) * first + _penalty(self.model, s.lipschitz))
+        drift = statistics_drift(read) if f.drift > 0 else torch.zeros(())
+        penalty = _penalty(self.model, s.lipschitz) + f.drift * drift
+        step.backward((1 - f.faulty) * first + penalty)
         moved = step.images
         if self.keep_attack:
             moved = _perturbed(self.model, kind, clean, step.targets, s, step)
@@ -179,7 +188,7 @@ class FaultObjective(AttackObjective):
             gap = feature_distance(after, features)
         step.backward(f.faulty * second + s.consistency * gap)
         survived = logits.detach().argmax(1) == step.targets.argmax(1)
-        losses = {"loss": first, "faulty": second, "consistency": gap}
+        losses = {"loss": first, "faulty": second, "consistency": gap, "drift": drift}
         return Outcome({k: float(v.detach()) for k, v in losses.items()}, survived)
 
     def _ber(self, step: Step) -> float:
@@ -192,6 +201,11 @@ class FaultObjective(AttackObjective):
     def after(self) -> None:
         """Clip the weights."""
         codes.clip_weights(self.model.network, self.fault.clip)
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        super().close()
+        self.norms.close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sensitivities."""

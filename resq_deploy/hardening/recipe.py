@@ -62,7 +62,8 @@ class Fault:
     weight of the loss under flips (that of the fault-free quantized network is 1 minus it),
     `attacked` the share of images that are perturbed too, where stage I is kept; `sensitivity` is
     how strongly flips lean towards the channels they hurt most, 0 to 1; `reliability` how much more
-    often examples are seen that flip easily (0: off).
+    often examples are seen that flip easily (0: off); `drift` the weight of what keeps BatchNorm's
+    frozen statistics true (0: off).
     """
 
     phase: Phase = Phase(epochs=6, min_steps=100, lr=0.01, adam_lr=2e-4)
@@ -72,6 +73,7 @@ class Fault:
     attacked: float = 0.5
     sensitivity: float = 0.5
     reliability: float = 1.0
+    drift: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Recipe:
         _check(0 <= self.attack.adversarial <= 1, "adversarial", self.attack.adversarial, "0 to 1")
         _check(0 <= self.fault.attacked <= 1, "attacked", self.fault.attacked, "0 to 1")
         _check(0 <= self.fault.faulty <= 1, "faulty", self.fault.faulty, "0 to 1")
+        _check(self.fault.drift >= 0, "drift", self.fault.drift, "0 or more")
         _check(self.batch >= 2, "the batch size", self.batch, "at least 2")
         _check(0 < self.holdout < 0.5, "the holdout", self.holdout, "between 0 and 0.5")
         _check(0 <= self.ema < 1, "the EMA decay", self.ema, "0 to below 1")

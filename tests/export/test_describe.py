@@ -1,0 +1,29 @@
+"""What an export says about what it made."""
+
+from __future__ import annotations
+
+import pytest
+
+from resq_deploy.export.calibrate import Range
+from resq_deploy.export.describe import doubts
+from resq_deploy.manifest import Metrics
+
+RANGES = {
+    name: Range(0.0, 1.0, 0.01, "mse", db) for name, db in (("a", 40.0), ("b", 1.7), ("c", 30.0))
+}
+
+
+@pytest.mark.parametrize(
+    ("fp32", "int8", "agreement", "silent"),
+    [(0.9, 0.9, 0.99, True), (0.9, 0.9, 0.9, False), (0.9, 0.87, 0.98, False), (0.5, 0.6, 1.0, True)],
+)  # fmt: skip
+def test_an_export_that_loses_says_where(
+    fp32: float, int8: float, agreement: float, silent: bool
+) -> None:
+    metrics = Metrics(
+        samples=100, fp32_accuracy=fp32, int8_accuracy=int8, agreement=agreement, sqnr_db={}
+    )
+    said = doubts(metrics, RANGES)
+    assert (said is None) == silent
+    if said:
+        assert said.index("b (1.7 dB)") < said.index("c (30.0 dB)") < said.index("a (40.0 dB)")
