@@ -16,14 +16,11 @@ import argparse
 import json
 import os
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +30,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
+
+from export_material import SPEED_BATCH, Images, Material, Setup, material, ours
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
 BERS = (1e-3, 3e-3, 1e-2)
 EPS = 8 / 255
-SPEED_BATCH = 64
 
-Images = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What is measured, and how much of it."""
-
-    calibration: int = 512
-    test: int = 2000
-    faulty: int = 1000
-    trials: int = 30
-    attacked: int = 256
-    design: tuple[float, ...] = (1e-3, 1e-2)
-    threads: int = 2
-    epochs: float = 5
-    seed: int = 0
-    data: str = "fashion-mnist"
-
-    def quick(self) -> Setup:
-        """A tenth of it."""
-        return Setup(256, 1000, 500, 30, 64, (1e-2,), self.threads, 1, self.seed, self.data)
+Trials = dict[tuple[str, float], list[float]]
 
 
 def main() -> None:
@@ -78,15 +56,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="measure again what was kept")
     parser.add_argument("--no-speed", action="store_true", help="leave out speed, time and memory")
-    parser.add_argument("--export-only", nargs=2, metavar=("FP32", "NPZ"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     setup = Setup(threads=given.threads, seed=given.seed)
     setup = setup.quick() if given.quick else setup
     if given.design:
         setup = Setup(**{**asdict(setup), "design": tuple(given.design)})
-    if given.export_only:
-        print(json.dumps(timed_export(*given.export_only, setup)))
-        return
     folder = given.checkpoints.expanduser()
     results = (given.results or folder / "export-benchmark").expanduser()
     results.mkdir(parents=True, exist_ok=True)
@@ -94,6 +68,8 @@ def main() -> None:
     found = {arch: kept(arch, folder, results, setup, given.fresh) for arch in given.arch}
     line: dict[str, Any] = dict(found)
     if not given.no_speed:
+        from export_speed import speed
+
         arch = "resnet18" if "resnet18" in given.arch else given.arch[0]
         line |= speed(arch, checkpoint(arch, folder, setup), setup)
     print(json.dumps(line, sort_keys=True))
@@ -141,53 +117,6 @@ def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
     return path
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Material:
-    """One network, its FP32 graph, images to calibrate on and to test on."""
-
-    fp32: onnx.ModelProto
-    calibration: Images
-    test: Images
-    labels: NDArray[np.int64]
-
-
-def material(path: Path, setup: Setup) -> Material:
-    """Load, export to FP32 ONNX, draw the images."""
-    from resq_deploy import data
-    from resq_deploy.export import graph
-    from resq_deploy.export.load import load_model
-
-    loaded = load_model(path)
-    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch)
-    spec, shape = str(loaded.trained.get("data", setup.data)), loaded.input_shape
-    train = data.load(spec, "train", shape=shape).take(setup.calibration, setup.seed)
-    test = data.load(spec, "test", shape=shape).take(setup.test, setup.seed)
-    calibration, _ = train.batch(np.arange(len(train)))
-    images, labels = test.batch(np.arange(len(test)))
-    return Material(fp32, calibration, images, labels)
-
-
-def ours(m: Material, setup: Setup, ber: float | None) -> onnx.ModelProto:
-    """Our INT8 graph: plain (None), or adjusted at a design BER."""
-    from resq_deploy.console import Reporter
-    from resq_deploy.export import qdq
-    from resq_deploy.export.adjust import adjust
-    from resq_deploy.export.calibrate import calibrate
-
-    ranges = calibrate(
-        m.fp32, qdq.activation_tensors(m.fp32), (m.calibration,), threads=setup.threads
-    )
-    plain = qdq.quantize_graph(m.fp32, ranges)
-    if ber is None:
-        return plain
-    say = Reporter(quiet=False)
-    made = adjust(
-        plain, m.fp32, m.calibration, ranges=ranges, design_ber=ber, seed=setup.seed,
-        threads=setup.threads, reporter=say,
-    )  # fmt: skip
-    return made.model
-
-
 def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
     """All figures of one network."""
     import export_peers as peers
@@ -210,7 +139,8 @@ def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
     scores = {name: accuracy(logits, m.labels) for name, logits in (others | mine).items()}
     agrees = {name: agreement(exact, logits) for name, logits in (others | mine).items()}
     graphs = {"plain": plain} | {f"design {ber:g}": model for ber, model in adjusted.items()}
-    flips = under_flips(graphs, m, setup)
+    trials = under_flips(graphs, m, setup)
+    flips = {key: interval(shares) for key, shares in trials.items()}
     chosen = f"design {setup.design[0]:g}"
     figures = {
         "fp32": accuracy(exact, m.labels),
@@ -224,6 +154,7 @@ def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
         "nncf": scores["nncf"],
         "int8_at_ber": {f"{b:g}": [flips["plain", b][0], flips[chosen, b][0]] for b in BERS},
         "flips": [[name, ber, *value] for (name, ber), value in flips.items()],
+        "recovered": recovered(trials, accuracy(exact[: setup.faulty], m.labels[: setup.faulty])),
         **attacks(m, {"fp32": m.fp32, "plain": plain, "int8": first}, setup),
         "tensorrt_rtx": builds(first),
         "seconds": round(time.perf_counter() - start),
@@ -250,10 +181,8 @@ def deployed(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np
         return runner(images)
 
 
-def under_flips(
-    models: dict[str, onnx.ModelProto], m: Material, setup: Setup
-) -> dict[tuple[str, float], tuple[float, float, float]]:
-    """(graph, BER) -> mean accuracy and its 95% interval (Student's t over trials); the same flips for every graph."""
+def under_flips(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -> Trials:
+    """(graph, BER) -> accuracy of each trial; the same flips for every graph."""
     from resq_deploy.fault_models import parse, trial_rng
     from resq_deploy.memory import fault_space
     from resq_deploy.metrics import accuracy
@@ -267,10 +196,22 @@ def under_flips(
             for ber in BERS:
                 fault = parse(f"ber:{ber:g}")
                 shares = []
-                for trial in range(setup.trials):
+                for trial in range(setup.trials_at(ber)):
                     with runner.faults(fault.sample(space, trial_rng(setup.seed, trial))):
                         shares.append(accuracy(runner(images), labels))
-                found[name, ber] = interval(shares)
+                found[name, ber] = shares
+    return found
+
+
+def recovered(trials: Trials, fp32: float) -> list[list[Any]]:
+    """[graph, BER, share, low, high]: of what plain INT8 loses, what a graph takes back; paired, 95%."""
+    found = []
+    for (name, ber), shares in trials.items():
+        plain = trials["plain", ber]
+        lost = fp32 - float(np.mean(plain))
+        if name != "plain" and lost > 0:
+            gains = [after - before for after, before in zip(shares, plain, strict=True)]
+            found.append([name, ber, *(round(v / lost, 3) for v in interval(gains))])
     return found
 
 
@@ -312,80 +253,6 @@ def builds(model: onnx.ModelProto) -> str:
             return f"failed: {error}"
 
 
-def timed_export(fp32: str, images: str, setup: Setup) -> dict[str, float]:
-    """Seconds of our calibration and quantization, with and without stage III, and the process's peak memory."""
-    model, calibration = onnx.load(fp32), np.load(images)["x"]
-    m = Material(model, calibration, calibration[:0], np.zeros(0, np.int64))
-    start = time.perf_counter()
-    ours(m, setup, None)
-    plain = time.perf_counter() - start
-    start = time.perf_counter()
-    ours(m, setup, setup.design[0])
-    adjusted = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"plain_s": plain, "adjusted_s": adjusted, "peak_mib": peak}
-
-
-def speed(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
-    """Images/s against stock ONNX Runtime and OpenVINO, export time against quantize_static, peak memory."""
-    import export_peers as peers
-
-    from resq_deploy.runtime.ort import OrtRunner
-
-    m = material(path, setup)
-    plain, stock = ours(m, setup, None), peers.ort_static(m.fp32, m.calibration, "minmax")
-    images = m.test[:SPEED_BATCH]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        onnx.save(plain, file)
-        onnx.save(m.fp32, f"{folder}/fp32.onnx")
-        np.savez(f"{folder}/images.npz", x=m.calibration)
-        with OrtRunner(plain, threads=setup.threads) as runner:
-            rate = rates({
-                "ours": lambda: runner(images),
-                "quantize_static S8 in ONNX Runtime": partial(peers.session(stock, setup.threads), images),
-                "our file in stock ONNX Runtime": partial(peers.session(plain, setup.threads), images),
-                "our file in OpenVINO": partial(peers.openvino(file, setup.threads), images),
-                "FP32 in ONNX Runtime": partial(peers.session(m.fp32, setup.threads), images),
-            })  # fmt: skip
-        start = time.perf_counter()
-        peers.ort_static(m.fp32, m.calibration, "entropy")
-        static = time.perf_counter() - start
-        command = [sys.executable, "-W", "ignore", __file__, "--threads", str(setup.threads),
-                   "--design", str(setup.design[0]),
-                   "--export-only", f"{folder}/fp32.onnx", f"{folder}/images.npz"]  # fmt: skip
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        times = json.loads(done.stdout.strip().splitlines()[-1])
-    for name, value in rate.items():
-        print(f"{arch:18s}{name:40s}{value:10.0f} images/s")
-    print(
-        f"{arch:18s}export, {len(m.calibration)} images: quantize_static entropy {static:.1f} s,"
-        f" ours {times['plain_s']:.1f} s, with stage III {times['adjusted_s']:.1f} s,"
-        f" peak {times['peak_mib']:.0f} MiB"
-    )
-    return {
-        "speed_arch": arch,
-        "images_per_s": rate,
-        "speed_vs_ort_s8": rate["ours"] / rate["quantize_static S8 in ONNX Runtime"],
-        "speed_vs_openvino": rate["ours"] / rate["our file in OpenVINO"],
-        "time_vs_quantize_static": times["plain_s"] / static,
-        "time_vs_quantize_static_adjusted": times["adjusted_s"] / static,
-        "peak_mib": times["peak_mib"],
-    }
-
-
-def rates(runs: dict[str, Callable[[], Any]], rounds: int = 9) -> dict[str, float]:
-    """Images/s of each, the median of interleaved rounds."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, call in runs.items():
-            start = time.perf_counter()
-            call()
-            if turn >= 2:
-                taken[name].append(time.perf_counter() - start)
-    return {name: SPEED_BATCH / float(np.median(seconds)) for name, seconds in taken.items()}
-
-
 def show(arch: str, f: dict[str, Any]) -> None:
     """One network's table."""
     print(f"\n{arch}: top-1 %, FP32 {100 * f['fp32']:.2f}")
@@ -406,6 +273,8 @@ def show(arch: str, f: dict[str, Any]) -> None:
             if other == name
         ]
         print(f"  BER, {name:23s}{'   '.join(cells)}")
+    for name, ber, share, low, high in f["recovered"]:
+        print(f"  {name} at {ber:g}: {share:.0%} [{low:.0%}, {high:.0%}] of the loss recovered")
     print(f"  (FP32 on these images: {100 * f['fp32_of_flipped']:.2f})")
     print(flush=True)
 

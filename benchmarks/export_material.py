@@ -1,0 +1,85 @@
+"""What the export benchmark works on: networks, images, how much of everything. Part of export.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+SPEED_BATCH = 64
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is measured, and how much of it."""
+
+    calibration: int = 512
+    test: int = 2000
+    faulty: int = 1000
+    trials: int = 30
+    attacked: int = 256
+    design: tuple[float, ...] = (1e-3, 1e-2)
+    threads: int = 2
+    epochs: float = 5
+    seed: int = 0
+    data: str = "fashion-mnist"
+
+    def quick(self) -> Setup:
+        """A tenth of it, or less: for networks that take a second for what resnet8 does in ten milliseconds."""
+        return Setup(256, 1000, 256, 30, 64, (1e-3,), self.threads, 1, self.seed, self.data)
+
+    def trials_at(self, ber: float) -> int:
+        """Trials at a BER: rare flips need more of them, all harm at 1e-3 comes from one trial in ten."""
+        return round(self.trials * max(1.0, min(10.0, 1e-2 / ber)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """One network, its FP32 graph, images to calibrate on and to test on."""
+
+    fp32: onnx.ModelProto
+    calibration: Images
+    test: Images
+    labels: NDArray[np.int64]
+
+
+def material(path: Path, setup: Setup) -> Material:
+    """Load, export to FP32 ONNX, draw the images."""
+    from resq_deploy import data
+    from resq_deploy.export import graph
+    from resq_deploy.export.load import load_model
+
+    loaded = load_model(path)
+    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch)
+    spec, shape = str(loaded.trained.get("data", setup.data)), loaded.input_shape
+    train = data.load(spec, "train", shape=shape).take(setup.calibration, setup.seed)
+    test = data.load(spec, "test", shape=shape).take(setup.test, setup.seed)
+    calibration, _ = train.batch(np.arange(len(train)))
+    images, labels = test.batch(np.arange(len(test)))
+    return Material(fp32, calibration, images, labels)
+
+
+def ours(m: Material, setup: Setup, ber: float | None) -> onnx.ModelProto:
+    """Our INT8 graph: plain (None), or adjusted at a design BER."""
+    from resq_deploy.console import Reporter
+    from resq_deploy.export import qdq
+    from resq_deploy.export.adjust import adjust
+    from resq_deploy.export.calibrate import calibrate
+
+    ranges = calibrate(
+        m.fp32, qdq.activation_tensors(m.fp32), (m.calibration,), threads=setup.threads
+    )
+    plain = qdq.quantize_graph(m.fp32, ranges)
+    if ber is None:
+        return plain
+    say = Reporter(quiet=False)
+    made = adjust(
+        plain, m.fp32, m.calibration, ranges=ranges, design_ber=ber, seed=setup.seed,
+        threads=setup.threads, reporter=say,
+    )  # fmt: skip
+    return made.model
