@@ -29,8 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export_material import SPEED_BATCH, Images, Material, Setup, material, ours
 
