@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy.errors import BundleError, IntegrityError
 from resq_deploy.manifest import Attack, FileEntry, Manifest, parse_manifest
 from resq_deploy.npz import read_npz, write_npz
 from resq_deploy.onnx_file import read_onnx
+from resq_deploy.samples import Sample, as_pixels, compact, sample_of
 from resq_deploy.signing import SIGNATURE, check_signature
 
 __all__ = [
@@ -43,6 +43,7 @@ INT8 = "model.int8.onnx"
 FP32 = "model.fp32.onnx"
 EVAL = "eval.npz"
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _MANIFEST_LIMIT = 32 * 2**20  # bytes read before anything is parsed
 
 
@@ -61,29 +62,6 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(2**20):
         sha.update(block)
     return sha.hexdigest()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """Labelled images: float32 [N, C, H, W] in [0, 1] and int64 [N].
-
-    `indices`: their place in the evaluation sample.
-    """
-
-    images: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    indices: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return int(self.labels.size)
-
-    def take(self, count: int | None) -> Sample:
-        """The first `count` images (None: all)."""
-        return (
-            self
-            if count is None
-            else Sample(self.images[:count], self.labels[:count], self.indices[:count])
-        )
 
 
 class Bundle:
@@ -107,7 +85,7 @@ class Bundle:
         Raises BundleError (not a bundle, unknown schema) or IntegrityError (missing or changed file, wrong signature).
         """
         root = Path(path)
-        if not root.is_dir():
+        if not _is_folder(root):
             raise BundleError(
                 f"{root} is not a bundle", "a bundle is the directory that resq-export writes"
             )
@@ -164,7 +142,7 @@ class Bundle:
     def eval_sample(self) -> Sample:
         """The held-out sample that travels with the bundle."""
         arrays = read_npz(self.file(EVAL))
-        return _sample(self.path / EVAL, arrays, self.manifest)
+        return sample_of(self.path / EVAL, arrays, self.manifest)
 
     def attack_sample(self, name: str) -> tuple[Sample, Attack]:
         """A stored set of adversarial inputs and what made it. Raises BundleError when it is not this bundle's."""
@@ -173,7 +151,7 @@ class Bundle:
             known = ", ".join(self.manifest.attacks) or "none"
             raise BundleError(f"{self.path} has no stored attack {name!r}", f"stored: {known}")
         path = self.file(f"attacks/{name}.npz")
-        return _sample(path, read_npz(path), self.manifest), spec
+        return sample_of(path, read_npz(path), self.manifest), spec
 
 
 class BundleWriter:
@@ -183,8 +161,9 @@ class BundleWriter:
         ... files under writer.dir ...
         writer.finish(manifest)
 
-    Left without `finish` (an error, Ctrl-C) nothing stays behind. Raises BundleError where `path`
-    exists (unless `force`) or cannot be written.
+    Left without `finish` (an error, Ctrl-C) nothing stays behind, and a bundle that was to be replaced
+    stays. Raises BundleError where `path` exists (unless `force`) or cannot be written, also when the
+    disk is full in the midst of it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -228,10 +207,29 @@ class BundleWriter:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.dir, ignore_errors=True)
+        if isinstance(error, OSError) and self._is_ours(error):
+            raise BundleError(
+                f"cannot write {self.path}: {error.strerror or error}",
+                "free some space, or choose another -o",
+            ) from error
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether it was a file of this bundle that could not be written: a full disk does not say which."""
+        named = (
+            Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+        )
+        return error.errno in _NO_ROOM or (named is not None and self.dir in named.parents)
 
 
 def check_free(path: Path, *, force: bool = False) -> None:
     """Raise BundleError unless an output can be made at `path`; asked before any long work."""
+    try:
+        _check_free(path, force=force)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise BundleError(f"cannot write {path}: {error.strerror}", "choose another -o") from error
+
+
+def _check_free(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise BundleError(
             f"{path} exists already", "choose another -o, or overwrite it with --force"
@@ -265,56 +263,18 @@ def _is_plain_file(root: Path, name: str) -> bool:
         return False
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
 def _is_the_file(path: Path, entry: FileEntry) -> bool:
     try:
         return path.stat().st_size == entry.size and sha256_of(path) == entry.sha256
     except OSError:
         return False
-
-
-def as_pixels(images: NDArray[Any]) -> NDArray[np.float32]:
-    """uint8 0..255 or float images to float32 in [0, 1]."""
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / np.float32(255)
-    return images.astype(np.float32)
-
-
-def compact(images: NDArray[np.float32]) -> NDArray[Any]:
-    """Pixels as uint8 where that loses nothing, else float32."""
-    codes = np.rint(images * 255).astype(np.uint8)
-    return codes if np.array_equal(as_pixels(codes), images) else images
-
-
-def _sample(path: Path, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> Sample:
-    try:
-        labels = _whole(arrays["y"])
-        indices = _whole(arrays.get("index", np.arange(labels.size)))
-        with np.errstate(over="ignore", invalid="ignore"):
-            images = as_pixels(arrays["x"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise BundleError(f"{path} lacks x or y", "export the model again") from error
-    fits = (
-        images.ndim == 4
-        and images.shape[1:] == manifest.input.shape
-        and labels.shape == indices.shape == images.shape[:1]
-    )
-    if not fits or labels.size == 0:
-        raise BundleError(f"{path} does not fit the bundle's input", "export the model again")
-    if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
-        raise BundleError(f"{path} has pixels outside [0, 1]", "export the model again")
-    if indices.min() < 0:
-        raise BundleError(f"{path} has a negative index", "export the model again")
-    if labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise BundleError(
-            f"{path} has labels outside the bundle's classes", "export the model again"
-        )
-    return Sample(images, labels, indices)
-
-
-def _whole(array: NDArray[Any]) -> NDArray[np.int64]:
-    if array.dtype.kind not in "iu" or (array.size and array.max() > 2**62):
-        raise ValueError("labels and indices are whole numbers")
-    return array.astype(np.int64)
 
 
 def _manifest_bytes(path: Path) -> bytes:
@@ -335,7 +295,11 @@ def _replace(source: Path, target: Path, *, force: bool) -> None:
         if force and target.exists():
             old = source.with_name(source.name + ".old")
             os.rename(target, old)
-            os.rename(source, target)
+            try:
+                os.rename(source, target)
+            except OSError:
+                os.rename(old, target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(source, target)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +111,86 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def noise(writer: BundleWriter) -> None:
+    writer.save_npz("eval.npz", x=np.random.default_rng(0).random((64, 1, 32, 32)))
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """The system refuses to write beyond so many bytes of a file, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"cannot write .*m\.resq: File too large \(free some"),
+        files_up_to(20_000),
+        BundleWriter(tmp_path / "m.resq") as writer,
+    ):
+        noise(writer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_is_full_at_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    before = write(tmp_path / "m.resq") if force else None
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BundleError, match="No space left") as told:
+        write(tmp_path / "m.resq", force=force)
+    assert "\n" not in str(told.value)
+    assert [p.name for p in tmp_path.iterdir()] == (["m.resq"] if force else [])
+    if before is not None:
+        assert Bundle.open(tmp_path / "m.resq").manifest == before.manifest
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = write(tmp_path / "m.resq")
+    rename, calls = os.rename, list[str]()
+
+    def second_fails(source: Any, target: Any) -> None:
+        calls.append(str(target))
+        if len(calls) == 2:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(BundleError, match="Permission denied"):
+        write(tmp_path / "m.resq", force=True)
+    assert len(calls) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["m.resq"]
+    assert Bundle.open(tmp_path / "m.resq").manifest == before.manifest
+
+
+def test_other_errors_of_the_system_are_not_ours_to_explain(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), BundleWriter(tmp_path / "m.resq"):
+        (tmp_path / "nowhere").read_bytes()
+    with (
+        pytest.raises(BundleError, match="No such file"),
+        BundleWriter(tmp_path / "m.resq") as writer,
+    ):
+        (writer.dir / "no" / "folder").write_bytes(b"")
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot write"):
+        check_free(tmp_path / ("a" * 300))
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.open(tmp_path / ("a" * 300))
 
 
 def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _fault_list(path: Path) -> None:
 
 def _npz(bundle: Bundle, path: Path) -> Callable[[bytes], None]:
     """First byte even: the rest is a whole npz. Odd: the rest is one array, in a zip whose checksums are right."""
-    from resq_deploy.bundle import _sample
+    from resq_deploy.samples import sample_of
 
     def run(data: bytes) -> None:
         body = data[1:]
@@ -162,7 +162,7 @@ def _npz(bundle: Bundle, path: Path) -> Callable[[bytes], None]:
                 archive.writestr("y.npy", _NPY)
             body = buffer.getvalue()
         path.write_bytes(body)
-        _sample(path, read_npz(path), bundle.manifest)
+        sample_of(path, read_npz(path), bundle.manifest)
 
     return run
 
