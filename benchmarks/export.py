@@ -32,6 +32,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export_material import SPEED_BATCH, Images, Material, Setup, material, ours
+from export_page import page
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
 BERS = (1e-3, 3e-3, 1e-2)
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHS))
     parser.add_argument("--checkpoints", type=Path, default=Path(default))
     parser.add_argument("--results", type=Path, help="where finished networks are kept")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--design", type=float, nargs="+", help="design BERs, the default first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,13 +67,16 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {setup}\n")
     found = {arch: kept(arch, folder, results, setup, given.fresh) for arch in given.arch}
-    line: dict[str, Any] = dict(found)
+    timed: dict[str, Any] = {}
     if not given.no_speed:
         from export_speed import speed
 
         arch = "resnet18" if "resnet18" in given.arch else given.arch[0]
-        line |= speed(arch, checkpoint(arch, folder, setup), setup)
-    print(json.dumps(line, sort_keys=True))
+        timed = speed(arch, checkpoint(arch, folder, setup), setup)
+    if given.page:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        given.page.write_text(page(found, timed, setup, machine))
+    print(json.dumps({**found, **timed}, sort_keys=True))
 
 
 def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> dict[str, Any]:

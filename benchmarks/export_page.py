@@ -1,0 +1,107 @@
+"""The tables of the export benchmark as a page of the documentation. Part of export.py."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from export_material import Setup
+
+Figures = Mapping[str, Any]
+
+
+def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: str) -> str:
+    """docs/export-results.md: accuracy, flips, attacks, speed; every figure as measured."""
+    trials = [f"{setup.trials_at(p)} trials at BER {p:g}" for p in (1e-3, 3e-3, 1e-2)]
+    lines = [
+        "# Export: results",
+        "",
+        f"Written by `{command()}` on {time.strftime('%Y-%m-%d')}; no figure is typed by hand.",
+        "",
+        f"{machine}. Data: {setup.data}; {setup.calibration} calibration images, {setup.test} test images,",
+        f"{setup.faulty} of them under flips ({', '.join(trials)}; the same flips",
+        f"for all), {setup.attacked} under white-box PGD-20 at 8/255, each graph attacked through itself.",
+        "Percent; intervals are 95%, Student's t over trials. `plain`: INT8 without stage III; `design p`: with it.",
+        "",
+        "## Accuracy and agreement with FP32",
+        "",
+        "| | FP32 | quantize_static | NNCF | plain | design |"
+        " agreement: static, NNCF, plain, design | PGD-20: FP32, plain, design | TensorRT-RTX builds |",
+        "| --- " * 9 + "|",
+        *(accuracy_row(arch, f) for arch, f in found.items()),
+        "",
+        f"`quantize_static`: the better of MinMax and entropy ranges. `design`: {setup.design[0]:g}.",
+        "",
+        "## Under bit flips",
+        "",
+        "| | INT8 | BER 1e-3 | 3e-3 | 1e-2 | of the loss taken back at 1e-3 | 3e-3 | 1e-2 |",
+        "| --- " * 8 + "|",
+        *(row for arch, f in found.items() for row in flip_rows(arch, f)),
+    ]  # fmt: skip
+    if speed:
+        lines += ["", "## Time", "", *speed_lines(speed)]
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_row(arch: str, f: Figures) -> str:
+    """One network's accuracies."""
+    agrees = f["agreements"]
+    static = max(f["quantize_static_by_method"], key=f["quantize_static_by_method"].get)
+    names = (static, "nncf", "plain", "int8")
+    cells = [
+        arch, *(percent(f[k]) for k in ("fp32", "quantize_static", "nncf", "int8_plain", "int8")),
+        ", ".join(percent(agrees[name]) for name in names),
+        ", ".join(f"{100 * f[k]:.1f}" for k in ("pgd_fp32", "pgd_int8_plain", "pgd_int8")),
+        f["tensorrt_rtx"],
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def flip_rows(arch: str, f: Figures) -> list[str]:
+    """One line for each graph of a network."""
+    taken = {(n, b): f"{s:.0%} [{low:.0%}, {high:.0%}]" for n, b, s, low, high in f["recovered"]}
+    rows = []
+    for name in dict.fromkeys(name for name, *_ in f["flips"]):
+        cells = [(b, m, low, high) for n, b, m, low, high in f["flips"] if n == name]
+        shown = [f"{percent(m)} [{percent(low)}, {percent(high)}]" for _, m, low, high in cells]
+        back = [taken.get((name, b), "") for b, *_ in cells]
+        rows.append("| " + " | ".join([arch, name, *shown, *back]) + " |")
+    return rows
+
+
+def speed_lines(speed: Figures) -> list[str]:
+    """Images/s and seconds of an export."""
+    rates = [f"| {name} | {value:.0f} |" for name, value in speed["images_per_s"].items()]
+    return [
+        f"{speed['speed_arch']}, batches of 64:",
+        "",
+        "| | images/s |",
+        "| --- | ---: |",
+        *rates,
+        "",
+        f"* {speed['speed_vs_ort_s8']:.2f} times quantize_static's S8 file in ONNX Runtime,"
+        f" {speed['speed_vs_openvino']:.2f} times OpenVINO on our file.",
+        f"* Calibration and quantization take {speed['time_vs_quantize_static']:.2f} times as long as"
+        " quantize_static with entropy",
+        f"  ranges on the same images, with stage III {speed['time_vs_quantize_static_adjusted']:.1f} times;"
+        f" peak memory {speed['peak_mib']:.0f} MiB.",
+    ]
+
+
+def percent(share: float) -> str:
+    """90.15"""
+    return f"{100 * share:.2f}"
+
+
+def command() -> str:
+    """The command line without the places of this machine."""
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        local = word.partition("=")[0] in ("--checkpoints", "--results", "--page", "--threads")
+        if not local and not skip:
+            kept.append(shlex.quote(word))
+        skip = local and "=" not in word
+    return " ".join(["python benchmarks/export.py", *kept])
