@@ -9,6 +9,8 @@
       AttackError             an attack, or a budget, that does not exist
       BackendError            a runtime that is not installed, has no device, or refuses the file
         MissingExtra          ... because an optional dependency is not installed
+        ExecutionError        ... or fails at what it was given to run: with faults in memory, an outcome
+          EngineLost          ... and does not answer as before, now that memory is golden again
       CampaignError           a campaign that cannot run, or a journal that belongs to another one
       RequirementError        a `--require` expression that cannot be read
       ReportError             a report that cannot be read or written
@@ -66,6 +68,18 @@ class MissingExtra(BackendError):
         super().__init__(f"{package} is not installed", f"pip install 'resq-deploy[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+class ExecutionError(BackendError):
+    """A runtime that was there refused or failed at what it was given: with faults in it, that is an outcome."""
+
+
+class EngineLost(ExecutionError, EOFError):
+    """An engine that failed under faults and no longer answers as it did: no later trial can be run on it.
+
+    An EOFError, since nothing more comes from it: the worker process that holds it ends, as it does when its
+    pipe is closed, and is replaced.
+    """
 
 
 class CampaignError(ResqError):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.errors import BackendError, MissingExtra
+from resq_deploy.errors import BackendError, ExecutionError, MissingExtra
 from resq_deploy.runtime.layouts import Indices
 from resq_deploy.runtime.trtlib import no_gpu
 
@@ -210,7 +210,7 @@ def _failed(driver: Any, error: Exception) -> BackendError:
         return BackendError(
             "the GPU is out of memory", "use fewer --workers, or stop what else uses the GPU"
         )
-    return BackendError(f"the GPU failed: {error}", "see dmesg, or nvidia-smi -q")
+    return ExecutionError(f"the GPU failed: {error}", "see dmesg, or nvidia-smi -q")
 
 
 def _driver(backend: str) -> Any:

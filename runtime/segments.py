@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy.errors import BackendError
+from resq_deploy.errors import ExecutionError
 from resq_deploy.runtime.forms import Lowered, opsets
 from resq_deploy.runtime.graph import Arrays, attributes
 
@@ -112,11 +112,11 @@ def session_options(threads: int, *, fuse: bool = False) -> ort.SessionOptions:
 
 
 def open_session(model: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    """A CPU session. Raises BackendError where ONNX Runtime refuses the model."""
+    """A CPU session. Raises ExecutionError where ONNX Runtime refuses the model."""
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime refuses the model: {error}") from error
+        raise ExecutionError(f"ONNX Runtime refuses the model: {error}") from error
 
 
 def cut(lowered: Lowered, starts: Sequence[int], types: Mapping[str, int]) -> tuple[Segment, ...]:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.errors import ResqError
+from resq_deploy.errors import EngineLost, ExecutionError, ResqError
 from resq_deploy.fault_models import Drawn, FaultModel
 from resq_deploy.faults import FaultSpace, Flips, TensorFlips
 from resq_deploy.metrics import Logits, Outcome, classify
@@ -120,8 +120,8 @@ def digest(array: NDArray[np.float32]) -> str:
 def run_trial(engine: TrialEngine, golden: Logits, job: Job, trial: int) -> Row:
     """Run trial number `trial` of a job.
 
-    An exception of the backend while faults are in memory is an outcome (`error`); a ResqError, and
-    Python's own errors, are not, and go on to the caller.
+    An exception of the backend while faults are in memory is an outcome (`error`), an ExecutionError too;
+    every other ResqError, and Python's own errors, are not, and go on to the caller.
     """
     start = time.perf_counter()
     drawn = job.model.trial(job.space, job.seed, trial)
@@ -143,7 +143,8 @@ def run_trials(
     """The rows of these trials, those that `run_trial` gives and in this order, as they are finished.
 
     Where the engine has `run_many` they come all at once; `seconds` is then an equal share. If that raises
-    what may be an outcome, each is run alone.
+    what may be an outcome, each is run alone. Raises EngineLost, after the row of the trial that did it,
+    where the golden run is not the same after a run that failed.
     """
     many: Callable[[list[Flips]], list[Logits]] | None = getattr(engine, "run_many", None)
     if many is not None and len(trials) > 1:
@@ -156,7 +157,25 @@ def run_trials(
             yield rows
             return
     for trial in trials:
-        yield [run_trial(engine, golden, job, trial)]
+        row = run_trial(engine, golden, job, trial)
+        yield [row]
+        if row.status == "error":
+            _check_golden(engine, golden, row)
+
+
+def _check_golden(engine: TrialEngine, golden: Logits, after: Row) -> None:
+    """A failed run may leave an engine, or a whole GPU context, that fails at whatever comes next: no outcome."""
+    try:
+        same = engine.golden().tobytes() == golden.tobytes()
+    except Exception as error:
+        if not _is_outcome(error):
+            raise
+        same = False
+    if not same:
+        raise EngineLost(
+            f"trial {after.trial} failed, and the engine does not answer as before now that it is over",
+            "the trial is kept as a failure; --resume opens the engine anew and goes on behind it",
+        )
 
 
 def _together(
@@ -240,9 +259,13 @@ def _reachable(
 
 
 def _is_outcome(error: Exception) -> bool:
-    """Whether an exception comes from a runtime; a ResqError is none, a TypeError would be a bug of ours."""
+    """Whether an exception comes from a runtime at work.
+
+    A ResqError that is no ExecutionError is none: what is missing, or a check of ours that failed. Neither is
+    Python's own, such as a TypeError: that would be a bug of ours.
+    """
     if isinstance(error, ResqError):
-        return False
+        return isinstance(error, ExecutionError)
     return isinstance(error, RuntimeError) or type(error).__module__ != "builtins"
 
 

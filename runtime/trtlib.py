@@ -11,7 +11,7 @@ import re
 import weakref
 from typing import Any
 
-from resq_deploy.errors import BackendError, MissingExtra
+from resq_deploy.errors import BackendError, ExecutionError, MissingExtra
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -21,7 +21,7 @@ _NO_GPU = re.compile(
     r"|no CUDA-capable device|driver version is insufficient",
     re.I,
 )
-_RULES = (
+_OF_PLANS = (  # of a plan that was altered by faults, these are what came of them
     (
         re.compile(
             r"magicTag|Version tag does not match|stdVersionRead|expecting library version|VERSION_MISMATCH"
@@ -45,6 +45,8 @@ _RULES = (
         "the plan is cut short or altered: its size is not what its header says",
         "copy the whole bundle again, or export the model again",
     ),
+)
+_OF_MACHINES = (
     (
         re.compile(r"out ?of ?memory|OutOfMemory|INSUFFICIENT_GPU_MEMORY", re.I),
         "{title} ran out of GPU memory",
@@ -58,7 +60,7 @@ _RULES = (
     (
         re.compile(r"engine_?host_?code|host code", re.I),
         "the plan is version compatible: it brings host code, which runs once the plan is loaded",
-        "where you trust it: TrtRunner.open(bundle, allow_host_code=True)",
+        "where you trust it: --allow-host-code, or open_runner(..., allow_host_code=True)",
     ),
 )
 
@@ -119,19 +121,23 @@ def _logger(module: Any) -> Any:
 
 
 def refusal(backend: str, version: str, doing: str, lines: list[str]) -> BackendError:
-    """The error that the library's log lines amount to; `doing`: what was asked of it, such as "load the plan"."""
+    """The error that the library's log lines amount to; `doing`: what was asked of it, such as "load the plan".
+
+    An ExecutionError where what it was given may be the reason; another BackendError where the machine is.
+    """
     title = TITLES[backend]
     told = [line for line in lines if not line.startswith("[checkMacros")] or lines
     text = " ".join(told)
-    for pattern, message, hint in _RULES:
-        if pattern.search(text):
-            detail = next((plain(line) for line in told if pattern.search(line)), "")
-            given = {"title": title, "version": version, "backend": backend, "detail": detail}
-            return BackendError(message.format(**given), hint.format(**given))
+    for kind, rules in ((ExecutionError, _OF_PLANS), (BackendError, _OF_MACHINES)):
+        for pattern, message, hint in rules:
+            if pattern.search(text):
+                detail = next((plain(line) for line in told if pattern.search(line)), "")
+                given = {"title": title, "version": version, "backend": backend, "detail": detail}
+                return kind(message.format(**given), hint.format(**given))
     if _NO_GPU.search(" ".join(lines)):
         return no_gpu(backend, doing)
     detail = plain(told[0]) if told else "it gives no reason"
-    return BackendError(f"{title} {version} could not {doing}: {detail}")
+    return ExecutionError(f"{title} {version} could not {doing}: {detail}")
 
 
 def diagnosis(module: Any, runtime: Any, plan: bytes | bytearray) -> list[str]:
