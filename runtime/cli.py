@@ -20,12 +20,24 @@ Examples:
   resq-validate model.resq --faults seu,mbu:4 --bits 7 --layers 'layer4.*'
   resq-validate model.resq --attack pgd,square --eps 8/255 --joint -o evidence
   resq-validate model.resq --corruptions weather,blur --severities 1,3,5
+  resq-validate model.resq --backend tensorrt --injection plan
 """
 
 
 @click.command(name="resq-validate", epilog=EPILOG, context_settings={"max_content_width": 100})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="ort", show_default=True, type=click.Choice(list(BACKENDS)))
+@click.option("--engine", help="Which engine plan, where the bundle has several for the backend.")
+@click.option(
+    "--injection",
+    type=click.Choice(list(s.WAYS)),
+    help="How faults get into an engine plan.  [default: auto]",
+)
+@click.option(
+    "--allow-host-code",
+    is_flag=True,
+    help="Load a version-compatible plan, and run the code it brings.",
+)
 @click.option("--data", help="Labelled images to use instead of the bundle's own sample.")
 @click.option("--samples", type=int, help="Images of each fault trial.  [default: 256]")
 @click.option(

@@ -158,8 +158,11 @@ def plan_map(bundle: Bundle, name: str | None = None) -> tuple[str, PlanMap]:
     names = list(bundle.manifest.engines)
     chosen = name or (names[0] if len(names) == 1 else "")
     if chosen not in names:
-        known = f"one of: {', '.join(names)}" if names else "resq-export --target builds one"
-        raise BundleError(f"{bundle.path} has no engine {name or 'at all'}", known)
+        several = bool(names) and not name
+        found = "several engines" if several else f"no engine {name or 'at all'}"
+        which = "name one with --engine" if several else "one of"
+        known = f"{which}: {', '.join(names)}" if names else "resq-export --target builds one"
+        raise BundleError(f"{bundle.path} has {found}", known)
     return chosen, _engine(bundle, chosen)
 
 

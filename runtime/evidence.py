@@ -101,8 +101,10 @@ def subject(bundle: Bundle, space: FaultSpace) -> Subject:
     )
 
 
-def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[str, ...]:
-    """What this validation did not look at, in sentences a reader of the report needs."""
+def not_covered(
+    bundle: Bundle, whole: FaultSpace, space: FaultSpace, ran: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What this validation did not look at, in sentences a reader of the report needs; `ran`: the runner's info."""
     said = []
     inside = {m.name for m in space.memories}
     left: dict[str, int] = {}
@@ -118,9 +120,19 @@ def not_covered(bundle: Bundle, whole: FaultSpace, space: FaultSpace) -> tuple[s
     said += [f"In high precision: {_some(nodes)}: {reason}." for reason, nodes in reasons.items()]
     for name, engine in bundle.manifest.engines.items():
         covered = "not mapped" if engine.coverage is None else f"{engine.coverage:.2%} mapped"
-        said.append(f"The engine {name} ({engine.backend}, {covered}) was not run here.")
+        if name != ran.get("plan"):
+            said.append(f"The engine {name} ({engine.backend}, {covered}) was not run here.")
+        elif ran["coverage"] < 1:
+            said.append(_out_of_reach(name, ran))
     said.append("Activations, instructions and control logic: faults are in weight memory only.")
     return tuple(said)
+
+
+def _out_of_reach(name: str, ran: Mapping[str, Any]) -> str:
+    """Of the plan that was run: which weights its faults cannot be in."""
+    lost = f"{1 - ran['coverage']:.2%} of the weights of the engine {name}"
+    missing = f" Not located in the plan: {_some(ran['unlocated'])}." if ran["unlocated"] else ""
+    return f"Out of reach of faults ({ran['injection']}): {lost}.{missing}"
 
 
 def not_attacked(bundle: Bundle, *, joint: bool) -> tuple[str, ...]:

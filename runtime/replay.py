@@ -14,7 +14,7 @@ from resq_deploy.fault_models import FaultModel, parse
 from resq_deploy.runtime import attacks, evidence, journal
 from resq_deploy.runtime.engines import engine_of
 from resq_deploy.runtime.images import labelled
-from resq_deploy.runtime.runner import open_runner
+from resq_deploy.runtime.runner import Runner, open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.trials import Job
 from resq_deploy.runtime.validate import CLEAN, JOURNAL, TRIAL_IMAGES
@@ -26,12 +26,14 @@ def replay_trial(
     *,
     campaign: str | None = None,
     bundle: str | os.PathLike[str] | None = None,
+    allow_host_code: bool = False,
 ) -> journal.Replay:
     """Replay trial number `trial` of a journal, or of the report folder that holds it.
 
     `campaign`: its name in the journal (`seu`, `ber:0.0001`; default: the only one). `bundle`: where the
-    bundle lies now (default: where it lay). Raises CampaignError where there is no such trial, or the
-    bundle is not the one that the journal belongs to.
+    bundle lies now (default: where it lay). The same plan is run, and faults get in the same way;
+    `allow_host_code`: as `open_runner` has it, since a journal is not who may allow that. Raises
+    CampaignError where there is no such trial, or the bundle is not the one that the journal belongs to.
     """
     place = Path(path) / JOURNAL if Path(path).is_dir() else Path(path)
     with journal.Journal.read(place) as book:
@@ -41,13 +43,34 @@ def replay_trial(
         if opened.manifest.files[INT8].sha256 != book.identity["int8"]:
             raise CampaignError(f"{opened.path} is not the bundle that {place} belongs to")
         model, images = _subject(name, settings, opened)
-        with open_runner(opened, settings.backend) as runner:
+        options = _options(settings, book.identity, allow_host_code)
+        with open_runner(opened, settings.backend, **options) as runner:
+            _same_engine(runner, book)
             space = runner.space
             if model.length is None:
                 space = space.select(settings.where, settings.layers, settings.bits)
             job = Job(model, space, settings.seed, images.labels)
             log = book.campaign(name, book.campaigns()[name])
             return journal.replay(log, engine_of(runner, images.images), job, trial)
+
+
+def _options(settings: Settings, identity: Mapping[str, Any], host_code: bool) -> dict[str, Any]:
+    """The backend's options: which plan, and the way that was used then, whatever `auto` would find now."""
+    kept = {
+        "engine": settings.options.get("engine"),
+        "injection": identity.get("injection"),
+        "exact": identity.get("exact"),
+        "allow_host_code": host_code,
+    }
+    return {name: value for name, value in kept.items() if value}
+
+
+def _same_engine(runner: Runner, book: journal.Journal) -> None:
+    for key, now in runner.identity.items():
+        if book.identity.get(key) != now:
+            raise CampaignError(
+                f"{book.path} was made with another {key}", "replay it on the bundle as it was then"
+            )
 
 
 def _chosen(found: Mapping[str, Any], wanted: str | None) -> str:

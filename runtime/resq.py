@@ -21,6 +21,7 @@ Examples:
   resq verify model.resq --key release.pub
   resq report model.report
   resq replay model.report --campaign seu --trial 17
+  resq plan model.resq
 
 \b
 Completion in bash (zsh and fish likewise):
@@ -76,15 +77,32 @@ def inspect(bundle: Path, scales: bool, everything: bool, as_json: bool) -> None
         show(tables.contents(opened, found, count, report is not None))
 
 
-@group.group(short_help="Where an engine plan keeps each weight.")
+class _ShowFirst(click.Group):
+    """A group whose first command, `show`, need not be named: `resq plan BUNDLE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        asked = args and args[0] not in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, ["show", *args] if asked else args)
+
+
+@group.group(
+    cls=_ShowFirst,
+    short_help="Where an engine plan keeps each weight.",
+    subcommand_metavar="BUNDLE | COMMAND [ARGS]",
+    epilog="\b\nExamples:\n  resq plan model.resq      the same as resq plan show model.resq\n"
+    "  resq plan offset model.resq conv1.weight 17",
+)
 def plan() -> None:
-    """Where an engine plan keeps each weight: what faults in it can reach."""
+    """Where an engine plan keeps each weight: what faults in it can reach.
+
+    With a bundle and no command it prints the map and its coverage.
+    """
 
 
 @plan.command(
     "show",
     short_help="The weight map of an engine in a bundle.",
-    epilog="\b\nExample:\n  resq plan show model.resq",
+    epilog="\b\nExamples:\n  resq plan model.resq\n  resq plan show model.resq --engine tensorrt",
 )
 @click.argument("bundle", type=PATH)
 @click.option("--engine", help="Which one.  [default: the only one]")
@@ -175,9 +193,15 @@ def report(report: Path, output: Path | None, as_json: bool) -> int:
 @click.option("--trial", type=click.IntRange(0), required=True, help="Its number, from 0.")
 @click.option("--campaign", help="Such as seu or ber=1e-4.  [default: the only one]")
 @click.option("--bundle", type=PATH, help="Where the bundle is now.  [default: where it was]")
+@click.option("--allow-host-code", is_flag=True, help="As resq-validate has it.")
 @JSON
 def replay(
-    report: Path, trial: int, campaign: str | None, bundle: Path | None, as_json: bool
+    report: Path,
+    trial: int,
+    campaign: str | None,
+    bundle: Path | None,
+    allow_host_code: bool,
+    as_json: bool,
 ) -> int:
     """Run one trial of a report's journal again, and compare the logits bit for bit.
 
@@ -185,7 +209,9 @@ def replay(
     """
     from resq_deploy.runtime.replay import replay_trial
 
-    found = replay_trial(report, trial, campaign=campaign, bundle=bundle)
+    found = replay_trial(
+        report, trial, campaign=campaign, bundle=bundle, allow_host_code=allow_host_code
+    )
     if as_json:
         console.print_json({"same": found.same, **asdict(found)})
     else:

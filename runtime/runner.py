@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ BACKENDS = {
     "tensorrt": "resq_deploy.runtime.trt:TrtRunner",
     "tensorrt-rtx": "resq_deploy.runtime.trt:TrtRtxRunner",
 }
+PLAN_OPTIONS = ("engine", "injection", "allow_host_code")  # of those that run a plan
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
@@ -46,6 +47,10 @@ class Runner(Closing, ABC):
         self.shape = shape
         self.classes = classes
         self._occupied = False
+
+    @classmethod
+    def check(cls, bundle: Bundle, **options: Any) -> None:
+        """Refuse what `open` would refuse, with nothing loaded. Raises BackendError."""
 
     @classmethod
     @abstractmethod
@@ -95,6 +100,11 @@ class Runner(Closing, ABC):
         """What ran, for the report: library version, threads, way of injection, ... JSON types only."""
         return {"backend": self.backend}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the figures, next to the INT8 graph: a journal goes on only with the same. JSON types."""
+        return {}
+
     @abstractmethod
     def _infer(self, images: Images) -> Logits:
         """Logits of checked, contiguous images with B >= 1."""
@@ -109,11 +119,29 @@ def open_runner(
 ) -> Runner:
     """Open a bundle (or the path of one, verified first) on a backend: `ort`, `tensorrt`, `tensorrt-rtx`.
 
-    `options` go to the backend (`threads` for `ort`). Raises BundleError, IntegrityError or BackendError.
+    `options` go to the backend: `threads` and `exact` to `ort`; `engine` (a plan's name), `injection` (auto, live,
+    plan, refit) and `allow_host_code` to those that run a plan. Raises BundleError, IntegrityError or BackendError.
     """
+    chosen = _runner(backend, options)
+    bundle = source if isinstance(source, Bundle) else Bundle.open(source)
+    return chosen.open(bundle, **options)
+
+
+def check_options(bundle: Bundle, backend: str, options: Mapping[str, Any]) -> None:
+    """Refuse what `open_runner` would refuse before it loads anything. Raises BackendError."""
+    _runner(backend, options).check(bundle, **options)
+
+
+def _runner(backend: str, options: Iterable[str]) -> type[Runner]:
+    """The class of a backend, if it may have these options."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
-    bundle = source if isinstance(source, Bundle) else Bundle.open(source)
+    for_plans = [name for name in PLAN_OPTIONS if name in options]
+    if backend == "ort" and for_plans:
+        raise BackendError(
+            f"--{for_plans[0].replace('_', '-')} is for engine plans; ort runs the graph itself",
+            "leave it out, or run a plan: --backend tensorrt, or tensorrt-rtx",
+        )
     module, _, name = BACKENDS[backend].partition(":")
-    opened: Runner = getattr(importlib.import_module(module), name).open(bundle, **options)
-    return opened
+    found: type[Runner] = getattr(importlib.import_module(module), name)
+    return found

@@ -10,8 +10,10 @@ from typing import Any
 from resq_deploy.errors import CampaignError, DataError, FaultError
 from resq_deploy.faults import KINDS
 from resq_deploy.runtime.corruptions import IMAGES, SEVERITIES, parse_names
+from resq_deploy.runtime.runner import PLAN_OPTIONS
 
 DEFAULT_BER = (1e-5, 1e-4, 1e-3)
+WAYS = ("auto", "live", "plan", "refit")  # of getting faults into an engine plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Settings:
     fault space they draw from. `trials` per campaign (None: until the interval is within `margin`).
     `attacks`: names (None: all that the bundle stores). `joint`: campaigns on adversarial inputs too.
     `corruptions`: names of runtime/corruptions.py, at these `severities`, on `corruption_samples` images.
+    `options`: of the backend, as `open_runner` takes them; JSON types.
     """
 
     backend: str = "ort"
@@ -155,6 +158,7 @@ def from_text(**given: Any) -> Settings:
         severities=parse_severities(given["severities"]),
         corruption_samples=given["corruption_samples"],
         seed=given["seed"],
+        options={name: given[name] for name in PLAN_OPTIONS if given.get(name)},
     )
 
 

@@ -6,6 +6,7 @@ Faults go in one of three ways, the same address each time (injection.py): `live
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from resq_deploy.memory import fault_space
 from resq_deploy.runtime.cuda import CudaDevice, Device
 from resq_deploy.runtime.injection import INJECTIONS, Injection, choose
 from resq_deploy.runtime.plan import PlanMap
-from resq_deploy.runtime.runner import Images, Logits, Runner
+from resq_deploy.runtime.runner import PLAN_OPTIONS, Images, Logits, Runner
 from resq_deploy.runtime.session import Loader
 from resq_deploy.runtime.trtlib import TITLES, library
 
@@ -32,10 +33,10 @@ class TrtRunner(Runner):
 
     def __init__(
         self, space: FaultSpace, shape: tuple[int, int, int], classes: int,
-        loader: Loader, plan: bytes, plan_map: PlanMap, injection: str = "auto",
+        loader: Loader, plan: bytes, plan_map: PlanMap, injection: str = "auto", name: str = "",
     ) -> None:  # fmt: skip
         super().__init__(space, shape, classes)
-        self.loader, self.plan, self.plan_map = loader, plan, plan_map
+        self.loader, self.plan, self.plan_map, self.name = loader, plan, plan_map, name
         self.golden = self.session = loader.load(plan)
         self._injection: Injection | None = None
         try:
@@ -46,6 +47,17 @@ class TrtRunner(Runner):
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def check(cls, bundle: Bundle, **options: Any) -> None:
+        """Refuse an unknown way of injection, option or plan, and no plan or several where none is named."""
+        injection = options.get("injection", "auto")
+        if injection not in (*INJECTIONS, "auto"):
+            known = ", ".join((*INJECTIONS, "auto"))
+            raise BackendError(f"unknown way of injection {injection!r}", f"one of: {known}")
+        if unknown := sorted({*options} - {*PLAN_OPTIONS, "device", "module"}):
+            raise BackendError(f"{TITLES[cls.backend]} has no option {unknown[0]!r}")
+        find_engine(bundle.manifest.engines, cls.backend, options.get("engine"))
 
     @classmethod
     def open(
@@ -59,11 +71,7 @@ class TrtRunner(Runner):
         else plan). `allow_host_code`: load a plan that is version compatible, and run the code it brings.
         Raises MissingExtra or BackendError: no such plan, no GPU, another version, an altered plan.
         """
-        if injection not in (*INJECTIONS, "auto"):
-            known = ", ".join((*INJECTIONS, "auto"))
-            raise BackendError(f"unknown way of injection {injection!r}", f"one of: {known}")
-        if options:
-            raise BackendError(f"{TITLES[cls.backend]} has no option {sorted(options)[0]!r}")
+        cls.check(bundle, engine=engine, injection=injection, **options)
         name = find_engine(bundle.manifest.engines, cls.backend, engine)
         trt = module or library(cls.backend)
         plan = bundle.file(f"engines/{name}.plan").read_bytes()
@@ -74,7 +82,7 @@ class TrtRunner(Runner):
             loader = Loader(cls.backend, trt, gpu, host_code=allow_host_code)
             return cls(
                 fault_space(bundle.int8), bundle.manifest.input.shape, len(bundle.manifest.classes),
-                loader, plan, plan_map, injection,
+                loader, plan, plan_map, injection, name,
             )  # fmt: skip
         except BackendError as error:
             gpu.close()
@@ -86,9 +94,10 @@ class TrtRunner(Runner):
 
     @property
     def info(self) -> dict[str, Any]:
-        """Backend, library version, GPU, way of injection, and how much of the weights it reaches."""
+        """Backend, plan, library version, GPU, way of injection, and how much of the weights it reaches."""
         return {
             "backend": self.backend,
+            "plan": self.name,
             "version": self.loader.module.__version__,
             "gpu": self.loader.device.name,
             "injection": self._way.name,
@@ -97,6 +106,12 @@ class TrtRunner(Runner):
             "unlocated": sorted(self.plan_map.unlocated),
             "batch": [self.golden.smallest, self.golden.largest],
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which plan, by its bytes, and the way of injection in use: each reaches other bits."""
+        plan = hashlib.sha256(self.plan).hexdigest()
+        return {"plan": plan, "injection": self._way.name}
 
     def close(self) -> None:
         """Free what holds the engine, the engine, the runtime, and device memory, in this order."""
@@ -134,13 +149,14 @@ def find_engine(engines: Mapping[str, Engine], backend: str, name: str | None) -
     have = ", ".join(f"{n} ({e.backend})" for n, e in engines.items()) or "none"
     if not fitting:
         wanted = f"{TITLES[backend]} plan" + (f" named {name!r}" if name else "")
+        others = [n for n, e in engines.items() if e.backend == backend]
         raise BackendError(
             f"the bundle has no {wanted}; its plans: {have}",
-            f"export it with --target {backend}",
+            f"one of: {', '.join(others)}" if others else f"export it with --target {backend}",
         )
     raise BackendError(
-        f"the bundle has several {TITLES[backend]} plans: {have}",
-        f"name one: open_runner(bundle, {backend!r}, engine=NAME)",
+        f"the bundle has several {TITLES[backend]} plans: {', '.join(fitting)}",
+        "name one: --engine NAME, or open_runner(..., engine=NAME)",
     )
 
 

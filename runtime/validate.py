@@ -26,7 +26,7 @@ from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
 from resq_deploy.runtime.images import labelled, sample_digest
 from resq_deploy.runtime.journal import Journal
-from resq_deploy.runtime.runner import Runner, open_runner
+from resq_deploy.runtime.runner import Runner, check_options, open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.trials import Job, digest
 from resq_deploy.runtime.workers import open_pool
@@ -66,10 +66,11 @@ def validate_bundle(
     labels = attack_labels(bundle, asked)
     corruptions.check(asked.corruptions, asked.severities, bundle.manifest.input.shape)
     requirements.check(wanted, _all_names(bundle, asked, models, labels))
+    check_options(bundle, asked.backend, asked.options)
     folder = _folder(output, resume=resume, force=force)
     sample = labelled(bundle, asked.data)
 
-    with open_runner(bundle, asked.backend) as runner:
+    with open_runner(bundle, asked.backend, **asked.options) as runner:
         run = Validation(
             bundle, asked, runner, sample, models, workers, folder, resume, reporter or Reporter()
         )
@@ -187,20 +188,16 @@ class Validation:
 
     def faults(self, on: str, images: Sample) -> None:
         """Run every fault model's campaign on these images."""
-        few = images.take(self.settings.samples or TRIAL_IMAGES)
-        factory = OpenEngine(str(self.bundle.path), self.settings.backend, few.images)
-        rule = Rule(
-            self.settings.trials,
-            self.settings.margin,
-            self.settings.confidence,
-            self.settings.max_trials,
-        )
-        jobs = [Job(m, self._space(m), self.settings.seed, few.labels) for m in self.models]
+        asked = self.settings
+        few = images.take(asked.samples or TRIAL_IMAGES)
+        factory = OpenEngine(str(self.bundle.path), asked.backend, few.images, asked.options)
+        rule = Rule(asked.trials, asked.margin, asked.confidence, asked.max_trials)
+        jobs = [Job(m, self._space(m), asked.seed, few.labels) for m in self.models]
         for job in jobs:
             job.model.check(job.space)
             rule.limit(job)
         # one process holds a GPU; on the CPU it is measured which number is fastest
-        workers = self.workers if self.settings.backend == "ort" else 1
+        workers = self.workers if asked.backend == "ort" else 1
         pool = open_pool(factory, workers, reporter=self.reporter)
         with closing(pool), self._journal() as journal:
             identity = {**self._identity(few), "golden": digest(pool.golden())}
@@ -249,7 +246,7 @@ class Validation:
             figures=self.figures,
             requirements=requirements.judge(wanted, self.figures),
             not_covered=(
-                *evidence.not_covered(self.bundle, self.runner.space, self.space),
+                *evidence.not_covered(self.bundle, self.runner.space, self.space, self.runner.info),
                 *evidence.not_attacked(self.bundle, joint=self.settings.joint),
             ),
             provenance=evidence.provenance(self.settings.as_json(), command, self.bundle),
@@ -284,6 +281,7 @@ class Validation:
             "int8": self.bundle.manifest.files[INT8].sha256,
             "backend": self.settings.backend,
             "seed": self.settings.seed,
+            **self.runner.identity,
         }
         context = {"bundle": str(self.bundle.path.resolve()), "settings": self.settings.as_json()}
         resume = self.resume or bool(self.campaigns)  # a second set of images goes on in this file

@@ -15,7 +15,7 @@ from resq_deploy.runtime.plan import locate
 from resq_deploy.runtime.trt import TrtRunner
 from tests.runtime.fake_trt import VERSION, FakeTensorRT, device_of
 from tests.runtime.plans import QdqGraph, weight
-from tests.test_bundle import manifest
+from tests.test_bundle import graph, manifest
 
 LAYOUTS = {"head": "ba", "conv2": "aBcd32b", "conv1": "acdB4b"}
 WAYS = ["live", "plan", "refit"]
@@ -61,7 +61,7 @@ def write_bundle(
     entry = {"backend": "tensorrt", "version": version, "built_for": {"gpu": "Orin"}}
     with BundleWriter(path) as writer:
         onnx.save(MODEL, writer.dir / "model.int8.onnx")
-        (writer.dir / "model.fp32.onnx").write_bytes(b"fp32")
+        (writer.dir / "model.fp32.onnx").write_bytes(graph("fp32"))
         writer.save_npz("eval.npz", x=IMAGES, y=np.zeros(7, np.int64))
         (writer.dir / "engines").mkdir()
         for name in names:
