@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import sys
 import zipfile
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from resq_deploy.bundle import Bundle
-from resq_deploy.errors import ResqError
+from resq_deploy.errors import BackendError, ResqError
 from resq_deploy.fault_lists import read_fault_list
 from resq_deploy.faults import FaultSpace, Memory
 from resq_deploy.manifest import parse_manifest
@@ -23,7 +25,10 @@ from resq_deploy.npz import read_npz
 from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report import read_report
 from resq_deploy.requirements import parse
+from resq_deploy.runtime import faulty
 from resq_deploy.runtime.plan import PlanMap
+from resq_deploy.runtime.trt import find_engine
+from resq_deploy.runtime.trtlib import TITLES
 from resq_deploy.signing import check_signature, generate_key
 from tests.bundles import write_bundle
 from tests.report import example
@@ -63,7 +68,7 @@ class Target:
 
 def targets(folder: Path) -> dict[str, Target]:
     """All targets, working in a folder of their own."""
-    bundle = write_bundle(folder / "net.resq")
+    bundle = write_bundle(folder / "net.resq", faulty=True)
     private, public = generate_key(folder / "key")
     root = bundle.path
 
@@ -71,7 +76,7 @@ def targets(folder: Path) -> dict[str, Target]:
         return (root / name).read_bytes()
 
     found = [
-        Target("manifest", lambda data: _manifest(root, data), (content("manifest.json"),)),
+        Target("manifest", _manifest(bundle), _manifests(content("manifest.json"))),
         Target("fault-list", _on_file(folder / "list", _fault_list), _LISTS),
         Target("npz", _npz(bundle, folder / "x.npz"), (b"\0" + content("eval.npz"), *_NPYS)),
         Target("onnx", _on_file(folder / "x.onnx", _onnx), (content("model.int8.onnx"),)),
@@ -126,8 +131,34 @@ class Guard:
                 raise Escape(f"open for writing: {path}")
 
 
-def _manifest(root: Path, data: bytes) -> None:
-    Bundle(root, parse_manifest(data, root / "manifest.json")).verify()
+def _manifest(bundle: Bundle) -> Callable[[bytes], None]:
+    """A manifest, the files that it names, and the faults that its attacks were crafted against."""
+    space = fault_space(bundle.int8)
+
+    def run(data: bytes) -> None:
+        found = Bundle(bundle.path, parse_manifest(data, bundle.path / "manifest.json"))
+        found.verify()
+        for backend in TITLES:
+            with contextlib.suppress(
+                BackendError
+            ):  # no such plan, or several: the attacks are still read
+                find_engine(found.manifest.engines, backend, None)
+        for name in faulty.sets(found):
+            faulty.stored(found, name)
+            attack = found.manifest.attacks[name]
+            faulty.figure_name(attack)
+            if attack.faulty is not None:
+                list(faulty.draw(attack.faulty, space))
+
+    return run
+
+
+def _manifests(plain: bytes) -> tuple[bytes, ...]:
+    """As it is; and as one whose engine has weights that were not located."""
+    known = json.loads(plain)
+    name = next(iter(known["quantization"]["weights"]))
+    known["engines"]["host"] |= {"coverage": 0.5, "unlocated": {name: "its bytes are elsewhere"}}
+    return plain, json.dumps(known).encode()
 
 
 def _on_file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], None]:
