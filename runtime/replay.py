@@ -38,7 +38,7 @@ def replay_trial(
     place = Path(path) / JOURNAL if Path(path).is_dir() else Path(path)
     with journal.Journal.read(place) as book:
         name = _chosen(book.campaigns(), campaign)
-        settings = Settings(**_tuples(book.context["settings"]))
+        settings = _settings(book)
         opened = Bundle.open(bundle or book.context["bundle"])
         if opened.manifest.files[INT8].sha256 != book.identity["int8"]:
             raise CampaignError(f"{opened.path} is not the bundle that {place} belongs to")
@@ -52,6 +52,17 @@ def replay_trial(
             job = Job(model, space, settings.seed, images.labels)
             log = book.campaign(name, book.campaigns()[name])
             return journal.replay(log, engine_of(runner, images.images), job, trial)
+
+
+def _settings(book: journal.Journal) -> Settings:
+    """What the journal was made with. Raises CampaignError where another version wrote them, or someone else."""
+    try:
+        return Settings(**_tuples(book.context["settings"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CampaignError(
+            f"the settings in {book.path} are not those of this version",
+            "replay it with the version that wrote it; report.json names that",
+        ) from error
 
 
 def _options(settings: Settings, identity: Mapping[str, Any], host_code: bool) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Settings:
             raise CampaignError(f"{self.samples} images a trial", "at least 1")
         if self.corruption_samples < 1:
             raise CampaignError(f"{self.corruption_samples} images a corruption", "at least 1")
+        if not isinstance(self.options, dict):
+            raise TypeError("options of a backend are names and values")
         for kind in self.where:
             if kind not in KINDS:
                 raise FaultError(f"unknown kind of memory {kind!r}", f"one of: {', '.join(KINDS)}")

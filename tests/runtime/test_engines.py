@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_replay_runs_the_plan_and_the_way_of_the_journal(bundle: Bundle, tmp_p
     folder = tmp_path / "r"
     validate_bundle(bundle, wanted(injection="plan"), output=folder)
     assert replay_trial(folder, 3).same
-    with sqlite3.connect(folder / JOURNAL) as db:
+    with closing(sqlite3.connect(folder / JOURNAL)) as db, db:
         known = json.loads(db.execute("SELECT value FROM meta WHERE key='identity'").fetchone()[0])
         known["plan"] = "0" * 64
         db.execute("UPDATE meta SET value = ? WHERE key = 'identity'", (json.dumps(known),))

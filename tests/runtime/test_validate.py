@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +83,18 @@ def test_a_trial_can_be_replayed(bundle: Bundle, tmp_path: Path) -> None:
         replay_trial(tmp_path / "r", 3)
     with pytest.raises(CampaignError):
         replay_trial(tmp_path / "r" / JOURNAL, 99, campaign="seu")
+
+
+@pytest.mark.parametrize("settings", [{"colour": "red"}, {"options": 7}, {"where": 3}, 7])
+def test_settings_of_another_version_are_not_replayed(
+    bundle: Bundle, tmp_path: Path, settings: object
+) -> None:
+    validate_bundle(bundle, FEW, output=tmp_path / "r", workers=1)
+    with closing(sqlite3.connect(tmp_path / "r" / JOURNAL)) as db, db:
+        context = json.dumps({"bundle": str(bundle.path), "settings": settings})
+        db.execute("UPDATE meta SET value = ? WHERE key = 'context'", (context,))
+    with pytest.raises(CampaignError, match="not those of this version"):
+        replay_trial(tmp_path / "r", 0, campaign="seu")
 
 
 @pytest.mark.parametrize(
