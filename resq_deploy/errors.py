@@ -74,11 +74,10 @@ class ExecutionError(BackendError):
     """A runtime that was there refused or failed at what it was given: with faults in it, that is an outcome."""
 
 
-class EngineLost(ExecutionError, EOFError):
+class EngineLost(ExecutionError):
     """An engine that failed under faults and no longer answers as it did: no later trial can be run on it.
 
-    An EOFError, since nothing more comes from it: the worker process that holds it ends, as it does when its
-    pipe is closed, and is replaced.
+    The worker process that holds it ends, and is replaced.
     """
 
 

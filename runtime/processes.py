@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 from typing import Any
 
-from resq_deploy.errors import CampaignError, ResqError
+from resq_deploy.errors import CampaignError, EngineLost, ResqError
 from resq_deploy.runtime.crew import Crew, raise_again, words_of
 from resq_deploy.runtime.machine import resident, without_main
 from resq_deploy.runtime.trials import (
@@ -311,7 +311,7 @@ def _serve(pipe: connection.Connection, factory: EngineFactory, threads: int) ->
                 continue
             for rows in run_trials(engine, golden, job, message[1]):
                 pipe.send(("rows", number, rows))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, BrokenPipeError, ConnectionResetError, EngineLost):
         return
     except Exception as error:
         with contextlib.suppress(OSError):
