@@ -22,6 +22,7 @@ class Setup:
     test: int = 2000
     faulty: int = 1000
     trials: int = 30
+    rare: float = 10  # times as many trials where flips are rare, at most
     attacked: int = 256
     design: tuple[float, ...] = (1e-3, 1e-2)
     threads: int = 2
@@ -31,11 +32,11 @@ class Setup:
 
     def quick(self) -> Setup:
         """A tenth of it, or less: for networks that take a second for what resnet8 does in ten milliseconds."""
-        return Setup(256, 1000, 256, 30, 64, (1e-3,), self.threads, 1, self.seed, self.data)
+        return Setup(256, 1000, 256, 30, 1, 64, (1e-3,), self.threads, 1, self.seed, self.data)
 
     def trials_at(self, ber: float) -> int:
         """Trials at a BER: rare flips need more of them, all harm at 1e-3 comes from one trial in ten."""
-        return round(self.trials * max(1.0, min(10.0, 1e-2 / ber)))
+        return round(self.trials * max(1.0, min(self.rare, 1e-2 / ber)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
