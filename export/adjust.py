@@ -28,7 +28,7 @@ from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
-from resq_deploy.export.guard import Guard, Scores, objections
+from resq_deploy.export.guard import Guard, Scores, objections, worthwhile
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
@@ -171,9 +171,10 @@ class _Stage:
     def _chosen(
         self, plain: Candidate, tried: list[Candidate], steps: list[dict[str, Any]]
     ) -> Adjusted:
-        """The candidate that is worth most under flips, of those that lose nothing."""
+        """The candidate that is worth most under flips, of those that lose nothing; plain where none gains enough."""
         fit = [c for c in tried if not objections(c.scores, plain.scores)]
         best = max(fit, key=lambda c: float(c.scores.faulty.mean()))
+        best = best if worthwhile(best.scores, plain.scores) else plain
         self.say.log(f"stage III keeps: {best.name}")
         record = Adjustment(
             applied=best is not plain,

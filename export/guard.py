@@ -34,6 +34,9 @@ Values = NDArray[np.float64]
 LOST = 0.003  # what an adjusted graph may lose clean or attacked
 _Z = 1.64  # standard errors that a loss must exceed that by: 95%, one-sided
 AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
+WORTH = (
+    0.2  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
+)
 PRICE = 2.0  # points of agreement under flips that one point of clean agreement below that must buy
 
 
@@ -138,6 +141,17 @@ def objections(candidate: Scores, plain: Scores) -> list[str]:
         if change.mean() < -tolerance - _Z * error:
             found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
     return found
+
+
+def worthwhile(candidate: Scores, plain: Scores) -> bool:
+    """Whether a candidate gains clearly under flips, and enough to be deployed instead of plain INT8.
+
+    What stage II has hardened already is left as it is: there a measured gain is mostly chance.
+    """
+    gain = candidate.faulty - plain.faulty
+    error = float(gain.std()) / np.sqrt(gain.size)
+    lost = float(plain.clean.mean() - plain.faulty.mean())
+    return float(gain.mean()) > max(_Z * error, WORTH * lost)
 
 
 def _kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

@@ -18,7 +18,7 @@ from resq_deploy.export import graph, qdq
 from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of, work_per_image
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.distill import Recipe, distill, draw
-from resq_deploy.export.guard import Guard, Scores, objections, value
+from resq_deploy.export.guard import Guard, Scores, objections, value, worthwhile
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
 from resq_deploy.memory import fault_space
@@ -256,6 +256,18 @@ def test_one_image_of_few_is_not_yet_a_loss() -> None:
     assert not objections(second, first)
     after[:5] = 0.0
     assert objections(second, first)
+
+
+def test_a_gain_must_be_clear_and_a_fifth_of_the_loss() -> None:
+    plain = scores(faulty=0.8)  # loses 0.2
+    assert worthwhile(scores(faulty=0.85), plain)
+    assert not worthwhile(scores(faulty=0.83), plain)
+    assert not worthwhile(plain, plain)
+    luck = plain.faulty.copy()
+    luck[:40] += 0.5  # one image in ten gains much
+    assert worthwhile(replace(plain, faulty=luck), plain)
+    luck[40:70] -= 0.6
+    assert not worthwhile(replace(plain, faulty=luck), plain)
 
 
 def test_work_counts_multiplications_and_elements() -> None:
