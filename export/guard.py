@@ -151,7 +151,7 @@ def worthwhile(candidate: Scores, plain: Scores) -> bool:
     gain = candidate.faulty - plain.faulty
     error = float(gain.std()) / np.sqrt(gain.size)
     lost = float(plain.clean.mean() - plain.faulty.mean())
-    return float(gain.mean()) > max(_Z * error, WORTH * lost)
+    return bool(gain.mean() > max(_Z * error, WORTH * lost))
 
 
 def _kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
