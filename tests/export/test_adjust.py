@@ -258,10 +258,10 @@ def test_one_image_of_few_is_not_yet_a_loss() -> None:
     assert objections(second, first)
 
 
-def test_a_gain_must_be_clear_and_a_fifth_of_the_loss() -> None:
+def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
     plain = scores(faulty=0.8)  # loses 0.2
-    assert worthwhile(scores(faulty=0.85), plain)
-    assert not worthwhile(scores(faulty=0.83), plain)
+    assert worthwhile(scores(faulty=0.86), plain)
+    assert not worthwhile(scores(faulty=0.84), plain)
     assert not worthwhile(plain, plain)
     luck = plain.faulty.copy()
     luck[:40] += 0.5  # one image in ten gains much
