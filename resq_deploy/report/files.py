@@ -186,12 +186,13 @@ def _vulnerabilities(
 
 
 def _properties(report: Report) -> list[tuple[str, str]]:
-    settings = report.provenance.get("settings") or {}
+    settings = report.provenance.get("settings")
+    seed = settings.get("seed", "") if isinstance(settings, dict) else ""
     return [
         ("model.int8.onnx sha256", report.subject.int8_sha256),
         ("manifest.json sha256", report.subject.manifest_sha256),
         ("backend", str(report.runner.get("backend", ""))),
-        ("seed", str(settings.get("seed", ""))),
+        ("seed", str(seed)),
     ]
 
 

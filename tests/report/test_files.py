@@ -77,6 +77,14 @@ def test_tables_hold_every_row() -> None:
         assert {len(row) for row in table} == {len(table[0])}
 
 
+@pytest.mark.parametrize("settings", ["text", 7, [], None, {"seed": 3}])
+def test_settings_of_any_json_type_do_not_stop_a_face(settings: object) -> None:
+    report = example.report()
+    changed = report.model_copy(update={"provenance": {**report.provenance, "settings": settings}})
+    faces = files.faces(changed)
+    assert ElementTree.fromstring(faces["junit.xml"]).tag == "testsuites"  # our own output
+
+
 @pytest.mark.parametrize(
     ("demands", "failures"),
     [
