@@ -41,7 +41,7 @@ class Vulnerability(Strict):
 
     name: str
     locations: int
-    trials: int
+    trials: int = Field(ge=0)
     sdc1: Figure
 
 
@@ -61,10 +61,10 @@ class Campaign(Strict):
     where: dict[str, Any]
     on: str = "clean"
     locations: int
-    trials: int
-    images: int
-    flips: int
-    unreachable: int = 0
+    trials: int = Field(ge=0)
+    images: int = Field(ge=0)
+    flips: int = Field(ge=0)
+    unreachable: int = Field(default=0, ge=0)
     accuracy: Figure
     accuracy_quantiles: dict[str, Share]
     masked: Figure
@@ -109,9 +109,9 @@ class JointAttack(Strict):
     crafted_through: str
     fault: str
     where: dict[str, Any]
-    trials: int
-    images: int
-    flips: int
+    trials: int = Field(ge=0)
+    images: int = Field(ge=0)
+    flips: int = Field(ge=0)
     clean: Figure
     unaware: Figure | None
     aware: Figure
