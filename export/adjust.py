@@ -1,9 +1,10 @@
 """RESQ stage III after training: an INT8 graph that keeps FP32's answers, also when bits of its weights flip.
 
     1 equalize      channels are rescaled so that a flip moves less (equalize.py); the ranges are calibrated anew
-    2 reconstruct   scales get smaller where that costs less than flips do; codes make up for it (reconstruct.py)
-    3 distill       codes and biases learn FP32's logits, golden and flipped, on clean and attacked images (distill.py)
-    4 guard         each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
+    2 split         the layers whose flips hurt most read copies of their input, and a flip moves less (split.py)
+    3 reconstruct   scales get smaller where that costs less than flips do; codes make up for it (reconstruct.py)
+    4 distill       codes and biases learn FP32's logits, golden and flipped, on clean and attacked images (distill.py)
+    5 guard         each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
 
 Needed are some hundred unlabelled images and no training loop over a training set. docs/stage-3.md
 has the equations, and what was tried and dropped.
@@ -28,9 +29,12 @@ from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
+from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.guard import Guard, Scores, objections, worthwhile
 from resq_deploy.export.reconstruct import reconstruct
+from resq_deploy.export.split import BUDGET, split
 from resq_deploy.export.twin import Twin
+from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
 from resq_deploy.metrics import top1
 
@@ -42,8 +46,8 @@ _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
 _MOST_HELD_OUT = 512
 _LOOKED_AT = 256  # images that the statistics of layers' inputs come from
+_PRICED_ON = 64  # images that say which layers' flips hurt
 _WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
-_ELEMENT = 100  # multiply-accumulates that take as long as one element of an activation
 _STEPS = (40, 480)
 _TAUGHT_BER = (
     1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
@@ -88,6 +92,7 @@ def adjust(
     ranges: Mapping[str, Range],
     design_ber: float = DESIGN_BER,
     eps: float = EPS,
+    redundancy: float = BUDGET,
     half_scales: bool = False,
     seed: int = 0,
     threads: int | None = None,
@@ -96,17 +101,30 @@ def adjust(
     """Adjust a plain INT8 graph to bit flips at `design_ber` and attacks of `eps` (L-inf, pixels in [0, 1]).
 
     `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; half of them (512 at most) are
-    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
-    quantize_graph. The result has the same nodes and names; other codes, scales and biases.
+    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `redundancy`: the share of the
+    network's work that channel splitting may add, 0 for none; `half_scales`: as in quantize_graph. The result has the
+    same nodes and names, but for the copies of inputs that split layers read; other codes, scales and biases.
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
-    Raises DataError for fewer than 16 images or a BER outside (0, 1).
+    Raises DataError for fewer than 16 images, a BER outside (0, 1), or a negative redundancy.
     """
     if len(images) < _LEAST:
         raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
     if not 0 < design_ber < 1:
         raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
+    if not 0 <= redundancy < np.inf:
+        raise DataError(f"a redundancy of {redundancy}", "give a share of the work, as 0.1")
     stage = _Stage(
-        int8, fp32, images, ranges, design_ber, eps, half_scales, seed, threads, reporter
+        int8,
+        fp32,
+        images,
+        ranges,
+        design_ber,
+        eps,
+        half_scales,
+        seed,
+        threads,
+        reporter,
+        redundancy,
     )
     return stage.run()
 
@@ -124,6 +142,7 @@ class _Stage:
         seed: int,
         threads: int | None,
         reporter: Reporter | None,
+        redundancy: float,
     ) -> None:
         self.int8, self.fp32, self.ranges = int8, fp32, ranges
         self.ber, self.seed, self.threads = ber, seed, threads
@@ -144,27 +163,30 @@ class _Stage:
             threads=threads,
             part=_PART if self.heavy else 128,
         )
-        self.eps, self.half_scales = eps, half_scales
+        self.eps, self.half_scales, self.redundancy = eps, half_scales, redundancy
         self._adversarial: Images | None = None
 
     def run(self) -> Adjusted:
-        plain = self._scored("plain", self.int8, self.fp32, self.ranges)
-        steps: list[dict[str, Any]] = []
-        equalized, gains = self._equalized()
-        steps.append({"step": "equalize", "groups": gains} | self._judge(equalized, plain))
-        base = equalized if not objections(equalized.scores, plain.scores) else plain
-        rebuilt, factors = self._reconstructed(base)
-        steps.append({"step": "reconstruct", "scales": factors} | self._judge(rebuilt, plain))
-        tried = [plain, base, rebuilt]
-        base = rebuilt if not objections(rebuilt.scores, plain.scores) else base
-        learned, recipe = self._distilled(base)
-        steps.append({"step": "distill", **recipe} | self._judge(learned, plain))
-        tried.append(learned)
+        plain = base = self._scored("plain", self.int8, self.fp32, self.ranges)
+        tried, steps = [plain], []
+        for name, step in (
+            ("equalize", self._equalized),
+            ("split", self._split),
+            ("reconstruct", self._reconstructed),
+            ("distill", self._distilled),
+        ):
+            start = base
+            candidate, told = step(base)
+            steps.append({"step": name, **told} | self._judge(candidate, plain))
+            tried.append(candidate)
+            base = base if objections(candidate.scores, plain.scores) else candidate
+        learned = tried[-1]
         for share in _SHARES:
             if not objections(tried[-1].scores, plain.scores):
                 break
-            model = between(base.model, learned.model, share)
-            tried.append(self._scored(f"{learned.name} x {share}", model, base.fp32, base.ranges))
+            model = between(start.model, learned.model, share)
+            name = f"{learned.name} x {share}"
+            tried.append(self._scored(name, model, start.fp32, start.ranges))
             steps.append({"step": "back off", "share": share} | self._judge(tried[-1], plain))
         return self._chosen(plain, tried, steps)
 
@@ -192,21 +214,32 @@ class _Stage:
         )
         return Adjusted(best.model, best.fp32, best.ranges, record)
 
-    def _equalized(self) -> tuple[Candidate, list[dict[str, Any]]]:
-        found = tensors(groups(self.fp32))
+    def _equalized(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
+        found = tensors(groups(base.fp32))
         moments = {name: Moments() for name in found}
-        for _, values in Probe(self.fp32, found, self.threads).run(self.learn[:_LOOKED_AT]):
+        for _, values in Probe(base.fp32, found, self.threads).run(self.learn[:_LOOKED_AT]):
             for name in found:
                 moments[name].add(values[name])
-        same, gains = equalize(self.fp32, moments, self.ber)
+        same, gains = equalize(base.fp32, moments, self.ber)
         where = qdq.activation_tensors(same)
         ranges = calibrate(
             same, where, (self.learn,), adversarial=(self._attacked(),), threads=self.threads
         )
         model = qdq.quantize_graph(same, ranges, half_scales=self.half_scales)
-        return self._scored("equalized", model, same, ranges), gains
+        return self._scored(_after(base, "equalized"), model, same, ranges), {"groups": gains}
 
-    def _reconstructed(self, base: Candidate) -> tuple[Candidate, dict[str, float]]:
+    def _split(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
+        cost = flip_divergence(base.model, self.learn[:_PRICED_ON], self.ber, seed=self.seed)
+        done = split(base.fp32, cost, self.redundancy)
+        told = {"copies": dict(done.copies), "work": round(done.work, 4)}
+        if not done.copies:
+            return base, told
+        where = rules.plan(done.model, half=self.half_scales).activations
+        ranges = {name: base.ranges[done.sources.get(name, name)] for name in where}
+        model = qdq.quantize_graph(done.model, ranges, half_scales=self.half_scales)
+        return self._scored(_after(base, "split"), model, done.model, ranges), told
+
+    def _reconstructed(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         model, factors = reconstruct(
             base.fp32,
             base.ranges,
@@ -217,8 +250,8 @@ class _Stage:
             threads=self.threads,
             reporter=self.say,
         )
-        name = f"{base.name}, reconstructed"
-        return self._scored(name, model, base.fp32, base.ranges), factors
+        name = _after(base, "reconstructed")
+        return self._scored(name, model, base.fp32, base.ranges), {"scales": factors}
 
     def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         low, high = _STEPS
@@ -231,7 +264,7 @@ class _Stage:
         images = np.concatenate([self.learn, self._attacked()])
         model = distill(base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say)
         told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
-        return self._scored(f"{base.name}, distilled", model, base.fp32, base.ranges), told
+        return self._scored(_after(base, "distilled"), model, base.fp32, base.ranges), told
 
     def _scored(
         self, name: str, model: onnx.ModelProto, fp32: onnx.ModelProto, ranges: Mapping[str, Range]
@@ -267,6 +300,11 @@ class _Stage:
         return self._adversarial
 
 
+def _after(base: Candidate, step: str) -> str:
+    """What a graph is called that comes of `base` by one more step."""
+    return step if base.name == "plain" else f"{base.name}, {step}"
+
+
 def between(a: onnx.ModelProto, b: onnx.ModelProto, share: float) -> onnx.ModelProto:
     """The graph at `share` of the way from `a` to `b`, which differ in codes and biases only."""
     made = onnx.ModelProto()
@@ -288,23 +326,3 @@ def logits_of(fp32: onnx.ModelProto, images: Images, threads: int | None) -> NDA
     parts = [values[output] for _, values in Probe(fp32, [output], threads).run(images)]
     logits: NDArray[np.float32] = np.concatenate(parts)
     return logits
-
-
-def work_per_image(fp32: onnx.ModelProto) -> float:
-    """Cost of one image in multiply-accumulates.
-
-    Those of the layers with weights, and 100 for each element of an activation: what depthwise
-    convolutions, norms and gates wait for is memory.
-    """
-    shapes, arrays = fold.shapes(fp32), fold.initializers(fp32.graph)
-    total = 0.0
-    for node in fp32.graph.node:
-        for name in node.output:
-            total += _ELEMENT * float(np.prod([d or 1 for d in shapes.get(name, (0, 0))[1:]]))
-        if node.op_type not in rules.WEIGHTED or node.input[1] not in arrays:
-            continue
-        weight = arrays[node.input[1]].dims
-        axis = rules.output_axis(node, len(weight))
-        positions = [d or 1 for d in shapes.get(node.output[0], ())[1:]]
-        total += float(np.prod(positions)) * float(np.prod(weight)) / weight[axis]
-    return total

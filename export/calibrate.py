@@ -42,7 +42,7 @@ _TRIED = _CHOOSE | {
     "percentile-99": partial(methods.percentile, percent=99.0),
 }
 _JUDGES = 48  # images that candidates are tried on, and as many adversarial ones
-_CHUNK_BYTES = 192 * 2**20  # of activations that one run of the graph may hand back
+_CHUNK_BYTES = 48 * 2**20  # of activations that one run of the graph may hand back
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +261,7 @@ def _session(model: onnx.ModelProto, threads: int | None) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it would keep the largest chunk twice
     if threads is not None:
         options.intra_op_num_threads = threads
     return ort.InferenceSession(

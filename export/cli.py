@@ -128,6 +128,13 @@ class _Recorded(click.Command):
 )
 @click.option("--design-ber", type=float, default=1e-3, show_default=True, help="Of stage III.")
 @click.option("--adjust/--no-adjust", default=True, show_default=True, help="Run stage III.")
+@click.option(
+    "--redundancy",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="Share of the network's work that stage III may add by splitting; 0: none.",
+)
 @click.option("--opset", type=int, help="17 to 21; default 20.")
 @click.option("--trust-pickle", is_flag=True, help="Unpickle MODEL: runs the code in it.")
 @click.option(

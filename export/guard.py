@@ -34,9 +34,7 @@ Values = NDArray[np.float64]
 LOST = 0.003  # what an adjusted graph may lose clean or attacked
 _Z = 1.64  # standard errors that a loss must exceed that by: 95%, one-sided
 AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
-WORTH = (
-    0.2  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
-)
+WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
 PRICE = 2.0  # points of agreement under flips that one point of clean agreement below that must buy
 
 

@@ -36,6 +36,7 @@ from resq_deploy.export.engine import add_requested
 from resq_deploy.export.engine_options import EngineOptions, requests
 from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.samples import Drawn, Source
+from resq_deploy.export.split import BUDGET
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
 
@@ -71,6 +72,7 @@ def export_model(
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool = True,
+    redundancy: float = BUDGET,
     opset: int | None = None,
     trust_pickle: bool = False,
     attacks: Sequence[str] = ("fgsm", "pgd"),
@@ -91,7 +93,8 @@ def export_model(
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
-    to bit flips at `design_ber`. `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
+    to bit flips at `design_ber`, for which splitting may add a share of `redundancy` of the network's work.
+    `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
     `attack_samples` of the held-out sample. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
     inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
     `command`: what the manifest names as the command line.
@@ -120,7 +123,16 @@ def export_model(
 
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
     made = _quantized(
-        fp32, loaded, drawn, high_precision, adjust, design_ber, parse_eps(eps), seed, say
+        fp32,
+        loaded,
+        drawn,
+        high_precision,
+        adjust,
+        design_ber,
+        redundancy,
+        parse_eps(eps),
+        seed,
+        say,
     )
     metrics = describe.compare(fp32, made.deployed, drawn.held_out)
     if said := describe.doubts(metrics, made.ranges):
@@ -175,6 +187,7 @@ def _quantized(
     high_precision: HighPrecision,
     adjust: bool,
     design_ber: float,
+    redundancy: float,
     eps: float,
     seed: int,
     reporter: Reporter,
@@ -196,12 +209,14 @@ def _quantized(
             images.images,
             ranges=ranges,
             design_ber=design_ber,
+            redundancy=redundancy,
             eps=eps,
             half_scales=half,
             seed=seed,
             reporter=reporter,
         )
         int8, source, ranges, record = found.model, found.fp32, found.ranges, found.record
+        plan = rules.plan(source, half=half)
     int8 = snap_biases(int8)
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)

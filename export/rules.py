@@ -217,18 +217,22 @@ class _Planner:
         later = self._later(node.output[0])
         if node.op_type != "Concat" or not later or self.half:
             return
-        if len({self._origin(name) for name in node.input}) == 1:
-            return  # a rotation: pieces of one tensor
+        if self._is_one(node):
+            return
         for position, name in enumerate(node.input):
             if name not in self.arrays:
                 self._read(node, position)
         self._share(*node.input, *later)
 
+    def _is_one(self, node: onnx.NodeProto) -> bool:
+        """Whether a Concat is of one tensor: a rotation of its pieces, or copies (split.py)."""
+        return len({self._origin(name) for name in node.input}) == 1
+
     def _later(self, name: str) -> list[str]:
         """The INT8 tensors that are this one, but for moves."""
         found = [name] if name in self.reads.values() else []
         for node, _ in self.consumers.get(name, []):
-            if node.op_type in _MOVES - {"Concat"}:
+            if node.op_type in _MOVES and (node.op_type != "Concat" or self._is_one(node)):
                 for output in node.output:
                     found += self._later(output)
         return found

@@ -15,16 +15,18 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 from resq_deploy.export import adjust as stage
 from resq_deploy.export import graph, qdq
-from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of, work_per_image
+from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.distill import Recipe, distill, draw
 from resq_deploy.export.guard import Guard, Scores, objections, value, worthwhile
 from resq_deploy.export.twin import Twin
+from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
 from resq_deploy.memory import fault_space
 from tests.export import nets
 
 BER = 1e-2
+STEPS = ["equalize", "split", "reconstruct", "distill"]
 IMAGES = nets.images(96)
 
 
@@ -64,8 +66,10 @@ def adjusted() -> Adjusted:
     return run()
 
 
-def test_only_numbers_change_never_the_graph(adjusted: Adjusted) -> None:
-    _, int8, _ = plain()
+def test_without_redundancy_only_numbers_change_never_the_graph() -> None:
+    fp32, int8, ranges = plain()
+    adjusted = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, redundancy=0, threads=1)
+    assert adjusted.record.applied
     before, after = onnx.ModelProto(), onnx.ModelProto()
     before.CopyFrom(int8)
     after.CopyFrom(adjusted.model)
@@ -92,7 +96,7 @@ def test_it_gains_under_flips_and_the_record_says_so(adjusted: Adjusted) -> None
     assert Adjustment.model_validate_json(record.model_dump_json()) == record
     assert record.applied
     assert record.design_ber == BER
-    assert [s["step"] for s in record.steps][:3] == ["equalize", "reconstruct", "distill"]
+    assert [s["step"] for s in record.steps][:4] == STEPS
     assert record.measured["adjusted"]["faulty"] > record.measured["plain"]["faulty"]
     ours, theirs = guard().measure(adjusted.model), guard().measure(plain()[1])
     assert ours.divergence < theirs.divergence
@@ -147,9 +151,9 @@ def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "distill", ruined)
     made = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, threads=1)
     steps = [s["step"] for s in made.record.steps]
-    assert steps[:3] == ["equalize", "reconstruct", "distill"]
-    assert set(steps[3:]) == {"back off"}
-    assert made.record.steps[2]["loses"]
+    assert steps[:4] == STEPS
+    assert set(steps[4:]) == {"back off"}
+    assert made.record.steps[3]["loses"]
     assert not made.record.measured["kept"].endswith("distilled")
 
 

@@ -101,7 +101,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "m.pt -o o.resq --arch resnet8 --arch-arg width=8 --arch-arg norm=group"
         " --input-shape 3x32x48 --mean 0.1,0.2,0.3 --std 1,2,3 --calib a.npz --calib-samples 7"
         " --eval b.npz --eval-samples 8 --batch 1:2:3 --target onnx --target tensorrt-rtx"
-        " --sm 86,89 --high-precision fp16 --design-ber 1e-2 --no-adjust --opset 21 --trust-pickle"
+        " --sm 86,89 --high-precision fp16 --design-ber 1e-2 --no-adjust --redundancy 0.2 --opset 21 --trust-pickle"
         " --attack fgsm,apgd --eps 4/255 --attack-samples 9 --attack-faulty 1e-3,apgd@1e-2"
         " --faulty-trials 3 --seed 5 --force"
         " --workspace 1G --optimization-level 3 --timing-cache t.cache --version-compatible"
@@ -129,6 +129,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "engine": EngineOptions(2**30, Path("t.cache"), True, True, True, 3),
         "high_precision": "fp16",
         "design_ber": 0.01,
+        "redundancy": 0.2,
         "adjust": False,
         "opset": 21,
         "trust_pickle": True,
@@ -146,7 +147,14 @@ def test_the_defaults_of_the_command_are_those_of_the_api() -> None:
     given = {p.name: p.default for p in export.params}
     signature = inspect.signature(pipeline.export_model)
     defaults = {name: p.default for name, p in signature.parameters.items()}
-    for name in ("calib_samples", "eval_samples", "attack_samples", "design_ber", "seed"):
+    for name in (
+        "calib_samples",
+        "eval_samples",
+        "attack_samples",
+        "design_ber",
+        "redundancy",
+        "seed",
+    ):
         assert given[name] == defaults[name], name
     assert given["attacks"] == ",".join(defaults["attacks"])
     assert given["eps"] == "8/255"

@@ -1,0 +1,45 @@
+"""Which weights' flips hurt: the Fisher information of the INT8 codes.
+
+To second order, small independent changes dq of the codes q move the network's answers by
+
+    KL(g(x; q) || g(x; q + dq))  ~  1/2 sum_i F_i E[dq_i^2],     F_i = E_x E_{y ~ g(x)} [(d log g_y(x) / dq_i)^2]
+
+(the diagonal of the Fisher information; Amari, Neural Computation 1998). A flip of bit b moves a code by 2^b, so that
+at a bit error rate p  E[dq_i^2] = 21,845 p. One gradient per image prices every layer at once. Flips of high bits are
+not small: of what they do the order of the layers is right, not the last figure (docs/stage-3.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from resq_deploy.export.equalize import FLIP_POWER
+from resq_deploy.export.twin import Twin
+from resq_deploy.memory import fault_space
+
+Images = NDArray[np.float32]
+
+
+def flip_divergence(
+    int8: onnx.ModelProto, images: Images, ber: float, *, seed: int = 0
+) -> dict[str, float]:
+    """Weight -> the divergence in nats that flips of its codes at this BER are expected to cost.
+
+    `images`: float32 [N, C, H, W] in [0, 1], no labels: they are drawn from the network's own answers.
+    """
+    twin = Twin(int8).eval()
+    names = [m.name for m in fault_space(int8).select(kinds=("weights",)).memories]
+    codes = twin.learnable(names)
+    sums = dict.fromkeys(names, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(len(images)):
+        log_p = twin(torch.from_numpy(images[start : start + 1])).log_softmax(1)
+        label = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        found = torch.autograd.grad(log_p[0, label[0, 0]], list(codes.values()), allow_unused=True)
+        for name, gradient in zip(codes, found, strict=True):
+            sums[name] += 0.0 if gradient is None else float(gradient.square().sum())
+    price = 0.5 * FLIP_POWER * ber / max(len(images), 1)
+    return {name: price * total for name, total in sums.items()}
