@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from resq_deploy.fault_models import parse
 from resq_deploy.faults import Flips
 from resq_deploy.metrics import Logits

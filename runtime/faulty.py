@@ -46,9 +46,14 @@ class JointTrial:
 
 @dataclass(frozen=True, slots=True)
 class JointResult:
-    """All trials, and the mean shares; intervals count images and trials as drawn (crossed.py)."""
+    """All trials, and the mean shares; intervals count images and trials as drawn (crossed.py).
+
+    `flips`: bits that were flipped, over all trials; `unreachable`: bits that the engine could not flip.
+    """
 
     trials: tuple[JointTrial, ...]
+    flips: int
+    unreachable: int
     clean: Estimate
     unaware: Estimate
     aware: Estimate
@@ -130,7 +135,8 @@ def evaluate(
         where={"where": list(memory.where)},
         trials=len(faults),
         images=len(clean),
-        flips=sum(flips.count for flips in faults),
+        flips=found.flips,
+        unreachable=found.unreachable,
         unaware=known,
         parameters=dict(spec.parameters),
         **shares,
@@ -151,9 +157,11 @@ def measure(
     """Run originals and both kinds of inputs with each trial's faults in memory; `unaware` None: originals instead."""
     plain = sample.images if unaware is None else unaware
     done = []
+    flipped = lost = 0
     with (reporter or Reporter()).task(title, len(faults), "trials") as task:
         for flips, known in zip(faults, aware, strict=True):
-            reached, _ = reach(PlainEngine(runner, sample.images), flips)
+            reached, missing = reach(PlainEngine(runner, sample.images), flips)
+            flipped, lost = flipped + reached.count, lost + missing
             with runner.faults(reached):
                 right, both, all_three = (
                     top1(runner(images)) == sample.labels
@@ -166,6 +174,8 @@ def measure(
     hits = np.array(done)  # [trials, 3, images]
     return JointResult(
         tuple(JointTrial(len(sample), *map(int, trial)) for trial in hits.sum(axis=2)),
+        flipped,
+        lost,
         *(crossed.share(hits[:, i], confidence, sampled_rows=True) for i in range(3)),
     )
 

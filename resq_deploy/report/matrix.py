@@ -101,13 +101,14 @@ def _known(report: Report) -> Child:
             words.attack_name(j),
             words.fault_name(j.fault),
             f"{words.count(j.trials)} \u00d7 {words.count(j.images)}",
+            words.count(j.unreachable),
             words.both(j.clean),
             words.both(j.unaware) if j.unaware else "not stored",
             words.both(j.aware),
         )
         for j in report.joint
     ]
-    head = ("Attack", "Fault", "Trials \u00d7 images", "No attack")
+    head = ("Attack", "Fault", "Trials \u00d7 images", "Unreachable flips", "No attack")
     return (
         tag("h3", "An attacker who knows which bits flipped"),
         note(

@@ -99,7 +99,8 @@ class JointAttack(Strict):
     """An attacker who knows which bits flipped: inputs crafted anew for each faulty network, run with the same faults.
 
     Three shares of the same images and trials that are right on the faulty artifact: `clean` unattacked, `unaware`
-    under inputs crafted for golden memory, `aware` under those crafted for these very faults.
+    under inputs crafted for golden memory, `aware` under those crafted for these very faults. `flips`: bits that were
+    flipped, over all trials; `unreachable`: bits of the faults that the engine cannot reach.
     """
 
     name: str
@@ -112,6 +113,7 @@ class JointAttack(Strict):
     trials: int = Field(ge=0)
     images: int = Field(ge=0)
     flips: int = Field(ge=0)
+    unreachable: int = Field(default=0, ge=0)
     clean: Figure
     unaware: Figure | None
     aware: Figure

@@ -14,9 +14,11 @@ from resq_deploy import console
 from resq_deploy.bundle import MANIFEST, Bundle, read_npz, sha256_of, write_npz
 from resq_deploy.errors import AttackError, BundleError
 from resq_deploy.fault_models import parse
+from resq_deploy.faults import Flips
 from resq_deploy.metrics import top1
 from resq_deploy.runtime import attacks, contents, faulty
 from resq_deploy.runtime.cli import command
+from resq_deploy.runtime.double import NumpyRunner
 from resq_deploy.runtime.runner import open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
@@ -132,3 +134,23 @@ def test_what_does_not_fit_is_refused(
 def test_a_digest_for_each_trial(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="digest"):
         _spoilt(tmp_path / "b.resq", {}, {"trials": 3})
+
+
+class Half(NumpyRunner):
+    """Reaches only the even elements of each tensor."""
+
+    def unreachable(self, flips: Flips) -> int:
+        return sum(
+            int(np.bitwise_count(p.masks[p.elements % 2 == 1]).sum()) for p in flips.values()
+        )
+
+
+def test_what_is_out_of_reach_is_counted() -> None:
+    half = Half()
+    sample, space = half.sample(8), half.space.select(("weights",))
+    faults = [parse("ber:0.05").trial(space, 0, i).flips for i in range(3)]
+    found = faulty.measure(half, sample, None, [sample.images] * 3, faults)
+    drawn = [f for flips in faults for f in flips.faults()]
+    odd = sum(f.element % 2 for f in drawn)
+    assert (found.flips, found.unreachable) == (len(drawn) - odd, odd)
+    assert odd > 0
