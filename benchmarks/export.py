@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,18 @@ def main() -> None:
     setup = Setup(threads=given.threads, seed=given.seed)
     setup = setup.quick() if given.quick else setup
     if given.design:
-        setup = Setup(**{**asdict(setup), "design": tuple(given.design)})
+        setup = replace(setup, design=tuple(given.design))
     folder = given.checkpoints.expanduser()
     results = (given.results or folder / "export-benchmark").expanduser()
     results.mkdir(parents=True, exist_ok=True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {setup}\n")
-    found = {arch: kept(arch, folder, results, setup, given.fresh) for arch in given.arch}
+    found = {arch: kept(arch, folder, results, setup.of(arch), given.fresh) for arch in given.arch}
     timed: dict[str, Any] = {}
     if not given.no_speed:
         from export_speed import speed
 
         arch = "resnet18" if "resnet18" in given.arch else given.arch[0]
-        timed = speed(arch, checkpoint(arch, folder, setup), setup)
+        timed = speed(arch, checkpoint(arch, folder, setup.of(arch)), setup)
     if given.page:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         given.page.write_text(page(found, timed, setup, machine))
@@ -186,7 +186,7 @@ def deployed(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np
 
 
 def under_flips(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -> Trials:
-    """(graph, BER) -> accuracy of each trial; the same flips for every graph."""
+    """(graph, BER) -> accuracy of each trial; flips by the same seeds for every graph."""
     from resq_deploy.fault_models import parse, trial_rng
     from resq_deploy.memory import fault_space
     from resq_deploy.metrics import accuracy
@@ -208,7 +208,7 @@ def under_flips(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -
 
 
 def recovered(trials: Trials, fp32: float) -> list[list[Any]]:
-    """[graph, BER, share, low, high]: of what plain INT8 loses, what a graph takes back; paired, 95%."""
+    """[graph, BER, share, low, high]: of what plain INT8 loses, what a graph takes back; trial by trial, 95%."""
     found = []
     for (name, ber), shares in trials.items():
         plain = trials["plain", ber]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ class Setup:
     """What is measured, and how much of it."""
 
     calibration: int = 512
-    test: int = 2000
+    test: int = 10_000
     faulty: int = 1000
     trials: int = 30
     rare: float = 10  # times as many trials where flips are rare, at most
-    attacked: int = 256
+    attacked: int = 1000
     design: tuple[float, ...] = (1e-3, 1e-2)
     threads: int = 2
     epochs: float = 5
@@ -32,7 +32,13 @@ class Setup:
 
     def quick(self) -> Setup:
         """A tenth of it, or less: for networks that take a second for what resnet8 does in ten milliseconds."""
-        return Setup(256, 1000, 256, 30, 1, 64, (1e-3,), self.threads, 1, self.seed, self.data)
+        return replace(
+            self, test=2000, faulty=256, rare=1, attacked=128, design=self.design[:1], epochs=1
+        )
+
+    def of(self, arch: str) -> Setup:
+        """How much of it for this network."""
+        return self if arch.startswith("resnet8") else self.quick()
 
     def trials_at(self, ber: float) -> int:
         """Trials at a BER: rare flips need more of them, all harm at 1e-3 comes from one trial in ten."""

@@ -15,15 +15,16 @@ Figures = Mapping[str, Any]
 
 def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: str) -> str:
     """docs/export-results.md: accuracy, flips, attacks, speed; every figure as measured."""
-    trials = [f"{setup.trials_at(p)} trials at BER {p:g}" for p in (1e-3, 3e-3, 1e-2)]
     lines = [
         "# Export: results",
         "",
         f"Written by `{command()}` on {time.strftime('%Y-%m-%d')}; no figure is typed by hand.",
         "",
-        f"{machine}. Data: {setup.data}; {setup.calibration} calibration images, {setup.test} test images,",
-        f"{setup.faulty} of them under flips ({', '.join(trials)}; the same flips",
-        f"for all), {setup.attacked} under white-box PGD-20 at 8/255, each graph attacked through itself.",
+        f"{machine}. Data: {setup.data}; {setup.calibration} calibration images, as many for every method.",
+        "Flips are drawn by the same seeds for all graphs; white-box PGD-20 at 8/255 goes through each graph itself.",
+        "",
+        *amounts(found, setup),
+        "",
         "Percent; intervals are 95%, Student's t over trials. `plain`: INT8 without stage III; `design p`: with it.",
         "",
         "## Accuracy and agreement with FP32",
@@ -44,6 +45,21 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
     if speed:
         lines += ["", "## Time", "", *speed_lines(speed)]
     return "\n".join(lines) + "\n"
+
+
+def amounts(found: Mapping[str, Figures], setup: Setup) -> list[str]:
+    """How many images and trials each network was measured with."""
+    alike: dict[Setup, list[str]] = {}
+    for arch in found:
+        alike.setdefault(setup.of(arch), []).append(arch)
+    lines = []
+    for s, archs in alike.items():
+        trials = ", ".join(f"{s.trials_at(p)} trials at BER {p:g}" for p in (1e-3, 3e-3, 1e-2))
+        lines += [
+            f"* {', '.join(archs)}: {s.test:,} test images, {s.faulty:,} of them under flips",
+            f"  ({trials}), {s.attacked:,} under attack.",
+        ]
+    return lines
 
 
 def accuracy_row(arch: str, f: Figures) -> str:
