@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +23,7 @@ from resq_deploy.export.twin import Twin
 from resq_deploy.faults import Fault, FaultSpace, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.networks import build
+from tests.export.twins import I64, artifact, logits_of, model_of, pair, run_ort
 
 ARCHITECTURES = {
     "resnet8": {},
@@ -61,34 +61,6 @@ def make(arch: str, args: Mapping[str, Any]) -> Case:
 @pytest.fixture(scope="module")
 def case() -> Case:
     return make("resnet8", {})
-
-
-def run_ort(
-    model: onnx.ModelProto, feed: Mapping[str, NDArray[Any]], names: Sequence[str]
-) -> list[NDArray[Any]]:
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    have = {output.name for output in wide.graph.output}
-    wide.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in have)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        wide.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    found: list[NDArray[Any]] = session.run(list(names), dict(feed))
-    return found
-
-
-def artifact(model: onnx.ModelProto, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    (logits,) = run_ort(model, {model.graph.input[0].name: images}, [model.graph.output[0].name])
-    return logits
-
-
-def logits_of(twin: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        found: NDArray[np.float32] = twin(torch.from_numpy(images)).numpy()
-    return found
 
 
 def quantized(model: onnx.ModelProto) -> list[str]:
@@ -159,143 +131,6 @@ def test_gradient_follows_the_fp32_network(case: Case) -> None:
         gradients.append(gradient.flatten())
     cosine = float(torch.cosine_similarity(gradients[0], gradients[1], dim=0))
     assert cosine > 0.9
-
-
-def test_gradient_is_one_inside_the_range_and_zero_where_codes_saturate() -> None:
-    twin = Twin(pair(scale=0.1, zero=0))
-    x = torch.tensor([[-13.0, -12.84, -0.04, 3.02, 12.74, 13.0]], requires_grad=True)
-    out = twin(x)
-    (gradient,) = torch.autograd.grad(out.sum(), x)
-    assert gradient.tolist() == [[0, 1, 1, 1, 1, 0]]
-    torch.testing.assert_close(out, torch.tensor([[-12.8, -12.8, 0.0, 3.0, 12.7, 12.7]]))
-
-
-@pytest.mark.parametrize("zero", [0, 3, -5])
-def test_ties_round_to_even_and_zero_points_shift(zero: int) -> None:
-    model = pair(scale=0.5, zero=zero)
-    x = np.arange(-80, 80, 0.25, dtype=np.float32)[None]
-    assert np.array_equal(logits_of(Twin(model), x), artifact(model, x))
-
-
-def pair(scale: float, zero: int) -> onnx.ModelProto:
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
-    ]
-    constants = [
-        numpy_helper.from_array(np.float32(scale), "s"),  # type: ignore[arg-type]
-        numpy_helper.from_array(np.int8(zero), "z"),  # type: ignore[arg-type]
-    ]
-    return model_of(nodes, constants, {"x": ("N", None)})
-
-
-def model_of(
-    nodes: Sequence[onnx.NodeProto],
-    constants: Sequence[onnx.TensorProto],
-    inputs: Mapping[str, Sequence[Any]],
-    opset: int = 20,
-) -> onnx.ModelProto:
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
-    output = helper.make_empty_tensor_value_info(nodes[-1].output[0])
-    made = helper.make_graph(list(nodes), "g", values, [output], list(constants))
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 9
-    return model
-
-
-I64 = np.int64
-OPERATORS: list[tuple[str, list[NDArray[Any]], dict[str, Any]]] = [
-    ("AveragePool", [], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [2, 2]}),
-    ("AveragePool", [], {"kernel_shape": [2, 2], "count_include_pad": 1, "pads": [1, 0, 0, 1]}),
-    ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]}),
-    ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
-    ("MaxPool", [], {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER", "strides": [2, 2]}),
-    ("GlobalAveragePool", [], {}),
-    ("GlobalMaxPool", [], {}),
-    ("ReduceMean", [np.array([2, 3], I64)], {"keepdims": 0}),
-    ("ReduceSum", [np.array([1], I64)], {"keepdims": 1}),
-    ("ReduceMax", [np.array([-1], I64)], {}),
-    ("Clip", [np.float32(-0.2), np.float32(0.4)], {}),  # type: ignore[list-item]
-    ("HardSigmoid", [], {"alpha": 0.3, "beta": 0.4}),
-    ("HardSwish", [], {}),
-    ("LeakyRelu", [], {"alpha": 0.2}),
-    ("Gelu", [], {"approximate": "tanh"}),
-    ("Softmax", [], {"axis": 1}),
-    ("Erf", [], {}),
-    ("LayerNormalization", [np.ones(6, np.float32), np.ones(6, np.float32)], {"epsilon": 1e-4}),
-    ("Conv", [np.ones((4, 2, 3, 3), np.float32)], {"group": 2, "pads": [1, 0, 1, 2]}),
-    ("Conv", [np.ones((4, 4, 3, 3), np.float32)], {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
-    ("Conv", [np.ones((4, 4, 2, 2), np.float32)], {"dilations": [2, 2], "strides": [1, 2]}),
-    (
-        "Slice",
-        [np.array([5], I64), np.array([-9], I64), np.array([3], I64), np.array([-2], I64)],
-        {},
-    ),
-    ("Slice", [np.array([1, 0], I64), np.array([3, 9], I64), np.array([1, 2], I64)], {}),
-    ("Gather", [np.array([[0, -1], [2, 1]], I64)], {"axis": 1}),
-    ("Pad", [np.array([0, 0, 1, 2, 0, 0, 0, 3], I64), np.float32(0.5)], {}),  # type: ignore[list-item]
-    ("Reshape", [np.array([0, -1, 3], I64)], {}),
-    ("Transpose", [], {"perm": [0, 2, 3, 1]}),
-    ("Flatten", [], {"axis": 2}),
-    ("Unsqueeze", [np.array([1, -1], I64)], {}),
-    ("Split", [np.array([1, 3], I64)], {"axis": 1}),
-    ("Expand", [np.array([2, 1, 1, 1, 1], I64)], {}),
-    ("Tile", [np.array([1, 2, 1, 1], I64)], {}),
-    ("Pow", [np.float32(2)], {}),  # type: ignore[list-item]
-    ("Mod", [np.float32(0.3)], {"fmod": 1}),  # type: ignore[list-item]
-    ("Max", [np.float32(0.1), np.float32(0.2)], {}),  # type: ignore[list-item]
-    ("Cast", [], {"to": TensorProto.INT32}),
-    ("ScatterND", [np.array([[0, 1]], I64), np.ones((1, 6, 6), np.float32)], {}),
-]
-
-
-@pytest.mark.parametrize(("op", "extra", "attributes"), OPERATORS)
-def test_operators_equal_onnx_runtime(
-    op: str, extra: list[NDArray[Any]], attributes: dict[str, Any]
-) -> None:
-    constants = [numpy_helper.from_array(np.asarray(v), f"c{i}") for i, v in enumerate(extra)]
-    outputs = ["y", "y2"] if op == "Split" else ["y"]
-    node = helper.make_node(op, ["x", *(c.name for c in constants)], outputs, **attributes)
-    model = model_of([node], constants, {"x": (2, 4, 6, 6)})
-    x = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
-    found, wanted = logits_of(Twin(model), x), artifact(model, x)
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
-
-
-@pytest.mark.parametrize("attributes", [{}, {"transA": 1, "transB": 1, "alpha": 0.5, "beta": 2.0}])
-def test_gemm_equals_onnx_runtime(attributes: dict[str, Any]) -> None:
-    x = np.random.default_rng(2).normal(size=(5, 5)).astype(np.float32)
-    constants = [
-        numpy_helper.from_array(x[::-1].copy(), "b"),
-        numpy_helper.from_array(x[0].copy(), "c"),
-    ]
-    node = helper.make_node("Gemm", ["x", "b", "c"], ["y"], **attributes)
-    model = model_of([node], constants, {"x": (5, 5)})
-    np.testing.assert_allclose(logits_of(Twin(model), x), artifact(model, x), atol=1e-5)
-
-
-def test_shape_arithmetic_follows_the_batch() -> None:
-    nodes = [
-        helper.make_node("Shape", ["x"], ["shape"], end=1),
-        helper.make_node("Div", ["shape", "two"], ["half"]),
-        helper.make_node("Concat", ["half", "rest"], ["wanted"], axis=0),
-        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
-    ]
-    constants = [
-        numpy_helper.from_array(np.array([2], I64), "two"),
-        numpy_helper.from_array(np.array([-1], I64), "rest"),
-    ]
-    model = model_of(nodes, constants, {"x": ("N", 3)})
-    for batch in (2, 6):
-        x = np.arange(batch * 3, dtype=np.float32).reshape(batch, 3)
-        assert np.array_equal(logits_of(Twin(model), x), artifact(model, x))
-
-
-def test_an_unknown_operator_is_named() -> None:
-    model = model_of([helper.make_node("Det", ["x"], ["y"], name="n")], [], {"x": (2, 2)})
-    with pytest.raises(ModelError, match=r"does not support Det \(node 'n'\)"):
-        Twin(model)
 
 
 def test_nothing_needs_a_gradient_until_it_is_learnable(case: Case) -> None:
