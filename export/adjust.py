@@ -262,7 +262,9 @@ class _Stage:
         fitting = int(_WORK / (self.work * recipe.batch * _PASSES))
         recipe = replace(recipe, steps=min(max(fitting, low), high))
         images = np.concatenate([self.learn, self._attacked()])
-        model = distill(base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say)
+        model, recipe = distill(
+            base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say
+        )
         told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
         return self._scored(_after(base, "distilled"), model, base.fp32, base.ranges), told
 

@@ -14,7 +14,7 @@ learning them as well brought nothing (docs/stage-3.md).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,17 @@ from resq_deploy.memory import fault_space
 
 Images = NDArray[np.float32]
 
+_ASTRAY = 0.1  # nats: a golden pass this far from the teacher does not come back in the steps that are left
+_STARTS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to distill: `ber` of the flipped pass, `rate` of Adam in units of the float weights and biases.
+    """How to distill: `ber` of the flipped pass, `rate` of Adam for weights, `bias_rate` for biases.
 
+    `rate`: in units of a layer's RMS weight over the root of its inputs, so that a step, which has one sign for all
+    that pull one way, moves a wide layer's output no further than a narrow one's (as in 2203.03466); `bias_rate`: as
+    it is.
     `clean`: weight of the golden pass; `mixing`: the largest share of a second image mixed into each;
     `part`: images that go through the twin at once, which bounds memory and only orders sums.
     """
@@ -43,7 +49,8 @@ class Recipe:
     ber: float
     steps: int = 200
     batch: int = 64
-    rate: float = 1e-3
+    rate: float = 0.2
+    bias_rate: float = 1e-3
     clean: float = 1.0
     mixing: float = 0.5
     part: int = 64
@@ -57,31 +64,54 @@ def distill(
     *,
     seed: int = 0,
     reporter: Reporter | None = None,
-) -> onnx.ModelProto:
-    """The graph with learned codes and biases; nothing else in it changes.
+) -> tuple[onnx.ModelProto, Recipe]:
+    """The graph with learned codes and biases, nothing else changed; and the recipe as it was followed in the end.
 
-    `teacher`: pixels -> logits; `images`: float32 [N, C, H, W] in [0, 1], no labels. Deterministic for a seed, a
-    torch version and a thread count: sums run in another order on another number of threads.
+    `teacher`: pixels -> logits; `images`: float32 [N, C, H, W] in [0, 1], no labels. Where the golden pass strays
+    from the teacher, as deep networks do at a rate that others need, all starts again at half the rates; a network
+    that strays at every rate comes back as it is. Deterministic for a seed, a torch version and a thread count: sums
+    run in another order on another number of threads.
     """
-    twin, space = Twin(int8), fault_space(int8)
-    weights = space.select(kinds=("weights",))
-    optimizer = torch.optim.Adam(_groups(twin, space, recipe.rate))
-    rng = np.random.default_rng(seed)
     say = reporter or Reporter()
+    for _ in range(_STARTS):
+        twin = Twin(int8)
+        if _teach(twin, teacher, images, recipe, np.random.default_rng(seed), say):
+            twin.freeze()
+            return twin.to_model(), recipe
+        say.log(f"distillation strays at a rate of {recipe.rate:g}; it starts again at half of it")
+        recipe = replace(recipe, rate=recipe.rate / 2, bias_rate=recipe.bias_rate / 2)
+    return int8, recipe
+
+
+def _teach(
+    twin: Twin,
+    teacher: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    say: Reporter,
+) -> bool:
+    """All steps; whether the golden pass stayed near the teacher."""
+    space = fault_space(twin.to_model())
+    weights = space.select(kinds=("weights",))
+    optimizer = torch.optim.Adam(_groups(twin, space, recipe))
+    most = 0.0
     with say.task("distilling", recipe.steps, "steps") as task:
         for step, batch in enumerate(batches(images, recipe, rng)):
-            _cool(optimizer, step, recipe.steps)
+            _schedule(optimizer, step, recipe.steps)
             with torch.no_grad():
                 target = teacher(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss = _learn(twin, batch, target, recipe.part, recipe.clean)
+            golden = _learn(twin, batch, target, recipe.part, recipe.clean)
+            most = most or max(_ASTRAY, 5 * golden / recipe.clean)
+            if not golden / recipe.clean <= most:
+                return False
             with twin.flipped(draw(weights, recipe.ber, rng)):
-                loss += _learn(twin, batch, target, recipe.part)
+                faulty = _learn(twin, batch, target, recipe.part)
             optimizer.step()
-            task.note(f"KL {loss:.4f}")
+            task.note(f"KL {golden / recipe.clean:.4f}, with flips {faulty:.4f}")
             task.advance(1)
-    twin.freeze()
-    return twin.to_model()
+    return True
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -121,23 +151,27 @@ def _learn(twin: Twin, batch: Tensor, target: Tensor, part: int, weight: float =
     return total
 
 
-def _groups(twin: Twin, space: FaultSpace, rate: float) -> list[dict[str, Any]]:
-    """Parameter groups: a shadow is in code units, so its rate is that of the weight over the layer's mean scale."""
+def _groups(twin: Twin, space: FaultSpace, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups: a shadow is in code units, and so is its rate."""
     found: list[dict[str, Any]] = []
-    values = twin.parameters_by_initializer
     for memory in space.memories:
         if memory.kind not in ("weights", "bias"):
             continue
-        unit = 1.0
+        (shadow,) = twin.learnable([memory.name]).values()
+        rate = recipe.bias_rate
         if memory.kind == "weights":
-            unit = float(values[f"{memory.name}.scale"].mean())
-        learned = list(twin.learnable([memory.name]).values())
-        found.append({"params": learned, "lr": rate / unit, "start": rate / unit})
+            codes = shadow.detach()
+            inputs = codes.numel() / max(
+                len(twin.parameters_by_initializer[f"{memory.name}.scale"]), 1
+            )
+            rate = recipe.rate * float(codes.square().mean().sqrt()) / inputs**0.5
+        found.append({"params": [shadow], "lr": rate, "start": rate})
     return found
 
 
-def _cool(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """Half a cosine from the full rate to 0."""
-    factor = 0.5 * (1 + np.cos(np.pi * step / steps))
+def _schedule(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """A tenth of the steps up to the full rate, half a cosine down to 0."""
+    warm = max(1, steps // 10)
+    factor = min(1.0, (step + 1) / warm) * 0.5 * (1 + np.cos(np.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = group["start"] * factor

@@ -157,14 +157,29 @@ def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made.record.measured["kept"].endswith("distilled")
 
 
-def ruined(int8: onnx.ModelProto, *_: object, **__: object) -> onnx.ModelProto:
+def ruined(
+    int8: onnx.ModelProto, teacher: Twin, images: object, recipe: Recipe, **_: object
+) -> tuple[onnx.ModelProto, Recipe]:
     twin = Twin(int8)
     rng = np.random.default_rng(0)
     for memory in fault_space(int8).memories:
         if memory.kind == "weights":
             codes = rng.integers(-127, 128, memory.value.shape, dtype=np.int8)
             twin.parameters_by_initializer[memory.name].copy_(torch.from_numpy(codes))
-    return twin.to_model()
+    return twin.to_model(), recipe
+
+
+def test_a_rate_that_strays_is_halved() -> None:
+    fp32, int8, _ = plain()
+    wild = Recipe(ber=BER, steps=20, batch=32, rate=40.0, bias_rate=0.2)
+    stream = io.StringIO()
+    made, used = distill(
+        int8, Twin(fp32), IMAGES, wild, reporter=Reporter(quiet=False, stream=stream)
+    )
+    assert used.rate < wild.rate
+    assert used.bias_rate / used.rate == wild.bias_rate / wild.rate
+    assert "strays" in stream.getvalue()
+    assert guard().measure(made).clean.mean() > 0.95
 
 
 @pytest.mark.parametrize(("count", "ber"), [(15, 1e-3), (32, 0.0), (32, 1.0), (32, float("nan"))])
@@ -176,7 +191,7 @@ def test_too_few_images_and_impossible_rates_are_refused(count: int, ber: float)
 
 def test_half_the_way_is_between() -> None:
     fp32, int8, _ = plain()
-    learned = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=10, batch=16))
+    learned, _ = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=10, batch=16))
     first, last = nets.arrays(int8), nets.arrays(learned)
     middle = nets.arrays(between(int8, learned, 0.5))
     moved = last["conv1.weight"].astype(int) - first["conv1.weight"]
@@ -191,7 +206,7 @@ def test_half_the_way_is_between() -> None:
 
 def test_distilling_lowers_the_divergence_under_fresh_flips() -> None:
     fp32, int8, _ = plain()
-    learned = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=60, batch=32))
+    learned, _ = distill(int8, Twin(fp32), IMAGES, Recipe(ber=BER, steps=60, batch=32))
     assert guard().measure(learned).divergence < 0.9 * guard().measure(int8).divergence
     changed = {
         n for n, v in nets.arrays(learned).items() if not np.array_equal(v, nets.arrays(int8)[n])
@@ -284,7 +299,7 @@ def test_work_counts_multiplications_and_elements() -> None:
 def test_parts_of_a_batch_learn_what_the_whole_batch_does() -> None:
     fp32, int8, _ = plain()
     recipe = Recipe(ber=BER, steps=3, batch=24)
-    whole = nets.arrays(distill(int8, Twin(fp32), IMAGES, recipe))
-    parts = nets.arrays(distill(int8, Twin(fp32), IMAGES, replace(recipe, part=7)))
+    whole = nets.arrays(distill(int8, Twin(fp32), IMAGES, recipe)[0])
+    parts = nets.arrays(distill(int8, Twin(fp32), IMAGES, replace(recipe, part=7))[0])
     for name in ("conv1.bias", "fc.bias"):
         np.testing.assert_allclose(parts[name], whole[name], atol=2e-4)
