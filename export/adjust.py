@@ -231,7 +231,8 @@ class _Stage:
     def _split(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         cost = flip_divergence(base.model, self.learn[:_PRICED_ON], self.ber, seed=self.seed)
         done = split(base.fp32, cost, self.redundancy)
-        told = {"copies": dict(done.copies), "work": round(done.work, 4)}
+        nats = {name: float(f"{value:.3g}") for name, value in cost.items()}
+        told = {"copies": dict(done.copies), "work": round(done.work, 4), "divergence": nats}
         if not done.copies:
             return base, told
         where = rules.plan(done.model, half=self.half_scales).activations

@@ -195,6 +195,8 @@ def test_stage_three_splits_as_much_as_it_is_allowed(
     step = next(s for s in made.record.steps if s["step"] == "split")
     assert bool(step["copies"]) == (redundancy > 0)
     assert step["work"] <= redundancy
+    assert set(step["divergence"]) == {w.name for w in rules.plan(fp32).weights}
+    assert all(nats > 0 for nats in step["divergence"].values())
     assert set(made.ranges) == set(rules.plan(made.fp32).activations)
     before, after = (logits_of(m, IMAGES, 1) for m in (fp32, made.fp32))
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
