@@ -20,11 +20,11 @@ from resq_deploy.errors import AttackError
 from resq_deploy.fault_models import parse
 from resq_deploy.faults import FaultSpace, Flips
 from resq_deploy.manifest import Attack, FaultyMemory
-from resq_deploy.metrics import top1
+from resq_deploy.metrics import Logits, top1
 from resq_deploy.report.model import Figure, JointAttack
 from resq_deploy.runtime import attacks, crossed, evidence
 from resq_deploy.runtime.runner import Runner
-from resq_deploy.runtime.trials import PlainEngine, reach
+from resq_deploy.runtime.trials import PlainEngine, check_golden, is_outcome, reach
 from resq_deploy.statistics import Estimate
 
 Moved = NDArray[np.float32]  # [trials, N, C, H, W]
@@ -48,12 +48,14 @@ class JointTrial:
 class JointResult:
     """All trials, and the mean shares; intervals count images and trials as drawn (crossed.py).
 
-    `flips`: bits that were flipped, over all trials; `unreachable`: bits that the engine could not flip.
+    `flips`: bits that were flipped, over all trials; `unreachable`: bits that the engine could not flip; `failed`:
+    trials in which the engine gave no answer, so that every image counts as wrong.
     """
 
     trials: tuple[JointTrial, ...]
     flips: int
     unreachable: int
+    failed: int
     clean: Estimate
     unaware: Estimate
     aware: Estimate
@@ -137,6 +139,7 @@ def evaluate(
         images=len(clean),
         flips=found.flips,
         unreachable=found.unreachable,
+        failed=found.failed,
         unaware=known,
         parameters=dict(spec.parameters),
         **shares,
@@ -154,19 +157,25 @@ def measure(
     reporter: Reporter | None = None,
     title: str = "attacks that know the faults",
 ) -> JointResult:
-    """Run originals and both kinds of inputs with each trial's faults in memory; `unaware` None: originals instead."""
+    """Run originals and both kinds of inputs with each trial's faults in memory; `unaware` None: originals instead.
+
+    Raises EngineLost where the engine fails under faults and does not answer as before without them.
+    """
     plain = sample.images if unaware is None else unaware
+    engine = PlainEngine(runner, sample.images)
+    golden = engine.golden()
     done = []
-    flipped = lost = 0
+    flipped = lost = failed = 0
     with (reporter or Reporter()).task(title, len(faults), "trials") as task:
-        for flips, known in zip(faults, aware, strict=True):
-            reached, missing = reach(PlainEngine(runner, sample.images), flips)
+        for number, (flips, known) in enumerate(zip(faults, aware, strict=True)):
+            reached, missing = reach(engine, flips)
             flipped, lost = flipped + reached.count, lost + missing
-            with runner.faults(reached):
-                right, both, all_three = (
-                    top1(runner(images)) == sample.labels
-                    for images in (sample.images, plain, known)
-                )
+            answers = _answers(runner, reached, (sample.images, plain, known))
+            if answers is None:
+                failed += 1
+                check_golden(engine, golden, number)
+                answers = [np.full_like(golden, np.nan)] * 3
+            right, both, all_three = (top1(logits) == sample.labels for logits in answers)
             done.append((right, right & both, right & all_three))
             task.advance(1)
     if not done:
@@ -176,8 +185,22 @@ def measure(
         tuple(JointTrial(len(sample), *map(int, trial)) for trial in hits.sum(axis=2)),
         flipped,
         lost,
+        failed,
         *(crossed.share(hits[:, i], confidence, sampled_rows=True) for i in range(3)),
     )
+
+
+def _answers(
+    runner: Runner, flips: Flips, batches: Iterable[NDArray[np.float32]]
+) -> list[Logits] | None:
+    """Logits with these bits flipped; None where the engine fails at it."""
+    try:
+        with runner.faults(flips):
+            return [runner(images) for images in batches]
+    except Exception as error:
+        if not is_outcome(error):
+            raise
+        return None
 
 
 def _memory(spec: Attack) -> FaultyMemory:

@@ -129,7 +129,7 @@ def run_trial(engine: TrialEngine, golden: Logits, job: Job, trial: int) -> Row:
     try:
         logits = engine.run(flips) if flips else golden
     except Exception as error:
-        if not _is_outcome(error):
+        if not is_outcome(error):
             raise
         row = _row(trial, "error", drawn, flips, lost, failure(golden, job), "")
     else:
@@ -151,7 +151,7 @@ def run_trials(
         try:
             rows = _together(engine, many, golden, job, trials)
         except Exception as error:
-            if not _is_outcome(error):
+            if not is_outcome(error):
                 raise
         else:
             yield rows
@@ -160,20 +160,20 @@ def run_trials(
         row = run_trial(engine, golden, job, trial)
         yield [row]
         if row.status == "error":
-            _check_golden(engine, golden, row)
+            check_golden(engine, golden, trial)
 
 
-def _check_golden(engine: TrialEngine, golden: Logits, after: Row) -> None:
+def check_golden(engine: TrialEngine, golden: Logits, trial: int) -> None:
     """A failed run may leave an engine, or a whole GPU context, that fails at whatever comes next: no outcome."""
     try:
         same = engine.golden().tobytes() == golden.tobytes()
     except Exception as error:
-        if not _is_outcome(error):
+        if not is_outcome(error):
             raise
         same = False
     if not same:
         raise EngineLost(
-            f"trial {after.trial} failed, and the engine does not answer as before now that it is over",
+            f"trial {trial} failed, and the engine does not answer as before now that it is over",
             "the trial is kept as a failure; --resume opens the engine anew and goes on behind it",
         )
 
@@ -258,7 +258,7 @@ def _reachable(
     return np.concatenate(found)
 
 
-def _is_outcome(error: Exception) -> bool:
+def is_outcome(error: Exception) -> bool:
     """Whether an exception comes from a runtime at work.
 
     A ResqError that is no ExecutionError is none: what is missing, or a check of ours that failed. Neither is

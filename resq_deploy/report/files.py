@@ -164,7 +164,18 @@ def _campaigns(campaigns: Iterable[Campaign]) -> list[Row]:
 
 
 def _joint(found: Iterable[JointAttack]) -> list[Row]:
-    plain = ("name", "attack", "norm", "eps", "fault", "trials", "images", "flips", "unreachable")
+    plain = (
+        "name",
+        "attack",
+        "norm",
+        "eps",
+        "fault",
+        "trials",
+        "images",
+        "flips",
+        "unreachable",
+        "failed",
+    )
     shares = ("clean", "unaware", "aware")
     rows: list[Row] = [(*plain, *(f"{share}_{end}" for share in shares for end in _ENDS))]
     for j in found:

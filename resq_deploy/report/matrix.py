@@ -100,7 +100,8 @@ def _known(report: Report) -> Child:
         (
             words.attack_name(j),
             words.fault_name(j.fault),
-            f"{words.count(j.trials)} \u00d7 {words.count(j.images)}",
+            f"{words.count(j.trials)} \u00d7 {words.count(j.images)}"
+            + (f", {words.count(j.failed)} failed" if j.failed else ""),
             words.count(j.unreachable),
             words.both(j.clean),
             words.both(j.unaware) if j.unaware else "not stored",

@@ -100,7 +100,8 @@ class JointAttack(Strict):
 
     Three shares of the same images and trials that are right on the faulty artifact: `clean` unattacked, `unaware`
     under inputs crafted for golden memory, `aware` under those crafted for these very faults. `flips`: bits that were
-    flipped, over all trials; `unreachable`: bits of the faults that the engine cannot reach.
+    flipped, over all trials; `unreachable`: bits of the faults that the engine cannot reach; `failed`: trials in which
+    the engine gave no answer, so that every image counts as wrong.
     """
 
     name: str
@@ -114,6 +115,7 @@ class JointAttack(Strict):
     images: int = Field(ge=0)
     flips: int = Field(ge=0)
     unreachable: int = Field(default=0, ge=0)
+    failed: int = Field(default=0, ge=0)
     clean: Figure
     unaware: Figure | None
     aware: Figure

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from resq_deploy import console
 from resq_deploy.bundle import MANIFEST, Bundle, read_npz, sha256_of, write_npz
-from resq_deploy.errors import AttackError, BundleError
+from resq_deploy.errors import AttackError, BundleError, EngineLost, ExecutionError
 from resq_deploy.fault_models import parse
 from resq_deploy.faults import Flips
 from resq_deploy.metrics import top1
@@ -154,3 +157,37 @@ def test_what_is_out_of_reach_is_counted() -> None:
     odd = sum(f.element % 2 for f in drawn)
     assert (found.flips, found.unreachable) == (len(drawn) - odd, odd)
     assert odd > 0
+
+
+class Fails(NumpyRunner):
+    """Breaks off every run while the sign bit of a weight is flipped; `lost`: and ever after."""
+
+    def __init__(self, lost: bool = False) -> None:
+        super().__init__()
+        self.lost, self.broken, self.flipped = lost, False, False
+
+    @contextmanager
+    def _inject(self, flips: Flips) -> Iterator[None]:
+        self.flipped = any(f.bit == 7 for f in flips.faults())
+        with super()._inject(flips):
+            yield
+        self.flipped = False
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.broken = self.broken or self.flipped
+        if self.flipped or (self.lost and self.broken):
+            self.flipped = False
+            raise ExecutionError("the device gave up")
+        return super().__call__(images)
+
+
+def test_a_run_that_is_broken_off_answers_nothing() -> None:
+    runner = Fails()
+    sample, space = runner.sample(8), runner.space.select(("weights",))
+    one = [space.select(bits=(bit,)).flips(np.arange(1)) for bit in (0, 7, 0)]
+    found = faulty.measure(runner, sample, None, [sample.images] * 3, one)
+    assert found.failed == 1
+    assert [t.clean for t in found.trials][1] == 0
+    assert found.trials[0].clean > 0
+    with pytest.raises(EngineLost):
+        faulty.measure(Fails(lost=True), sample, None, [sample.images] * 3, one)
