@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resilience_page import BERS, JOINT_BER, Network, Setup, page
+from resilience_page import BERS, DESIGN_BER, JOINT_BER, Network, Setup, page
 
 ROOT = Path(__file__).resolve().parents[1]
 EPS = 8 / 255
@@ -102,6 +102,8 @@ def measure(setup: Setup, network: Network, row: str, seed: int) -> dict[str, fl
     kept = place / f"{slug(row)}.json"
     key = {"images": setup.images, "attacked": setup.attacked, "trials": setup.trials,
            "epochs": list(network.epochs), "amp": setup.amp, "bers": list(BERS)}  # fmt: skip
+    if row.endswith("III"):
+        key["design_ber"] = DESIGN_BER
     if kept.exists():
         found = json.loads(kept.read_text())
         if found["key"] == key:
@@ -148,12 +150,14 @@ def export(setup: Setup, network: Network, row: str, seed: int, place: Path) -> 
     checkpoint = train(setup, network, row.removesuffix("+III"), seed, place)
     path, note = place / f"{slug(row)}.resq", place / f"{slug(row)}.exported.json"
     key = [sha256_of(checkpoint), setup.images, setup.attacked, list(ATTACKS), EPS]
+    key += [DESIGN_BER] if row.endswith("III") else []
     if note.exists() and path.exists() and json.loads(note.read_text()) == key:
         return Bundle.open(path)
     bundle = export_model(
         checkpoint,
         path,
         adjust=row.endswith("III"),
+        design_ber=DESIGN_BER,
         eval=setup.data,
         eval_samples=setup.images,
         attacks=ATTACKS,
