@@ -30,7 +30,7 @@ from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
-from resq_deploy.export.guard import Guard, Scores, objections, worthwhile
+from resq_deploy.export.guard import Guard, Scores, gains, objections, worthwhile
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.split import BUDGET, split
 from resq_deploy.export.twin import Twin
@@ -193,9 +193,11 @@ class _Stage:
     def _chosen(
         self, plain: Candidate, tried: list[Candidate], steps: list[dict[str, Any]]
     ) -> Adjusted:
-        """The candidate that is worth most under flips, of those that lose nothing; plain where none gains enough."""
-        fit = [c for c in tried if not objections(c.scores, plain.scores)]
-        best = max(fit, key=lambda c: float(c.scores.faulty.mean()))
+        """The last candidate that loses nothing and clearly gained on those before; plain where it gains too little."""
+        best = plain
+        for candidate in tried:
+            fit = not objections(candidate.scores, plain.scores)
+            best = candidate if fit and gains(candidate.scores, best.scores) else best
         best = best if worthwhile(best.scores, plain.scores) else plain
         self.say.log(f"stage III keeps: {best.name}")
         record = Adjustment(

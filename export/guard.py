@@ -141,15 +141,20 @@ def objections(candidate: Scores, plain: Scores) -> list[str]:
     return found
 
 
+def gains(candidate: Scores, other: Scores) -> bool:
+    """Whether a candidate is clearly worth more under flips than another."""
+    gain = candidate.faulty - other.faulty
+    return bool(gain.mean() > _Z * float(gain.std()) / np.sqrt(gain.size))
+
+
 def worthwhile(candidate: Scores, plain: Scores) -> bool:
     """Whether a candidate gains clearly under flips, and enough to be deployed instead of plain INT8.
 
     What stage II has hardened already is left as it is: there a measured gain is mostly chance.
     """
-    gain = candidate.faulty - plain.faulty
-    error = float(gain.std()) / np.sqrt(gain.size)
+    gained = float(candidate.faulty.mean() - plain.faulty.mean())
     lost = float(plain.clean.mean() - plain.faulty.mean())
-    return bool(gain.mean() > max(_Z * error, WORTH * lost))
+    return gains(candidate, plain) and gained > WORTH * lost
 
 
 def _kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

@@ -18,7 +18,7 @@ from resq_deploy.export import graph, qdq
 from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.distill import Recipe, distill, draw
-from resq_deploy.export.guard import Guard, Scores, objections, value, worthwhile
+from resq_deploy.export.guard import Guard, Scores, gains, objections, value, worthwhile
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
@@ -283,10 +283,19 @@ def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
     assert not worthwhile(scores(faulty=0.84), plain)
     assert not worthwhile(plain, plain)
     luck = plain.faulty.copy()
-    luck[:40] += 0.5  # one image in ten gains much
+    luck[:40] += 0.7  # one image in ten gains much
     assert worthwhile(replace(plain, faulty=luck), plain)
     luck[40:70] -= 0.6
     assert not worthwhile(replace(plain, faulty=luck), plain)
+
+
+def test_a_step_that_only_moves_answers_about_gains_nothing() -> None:
+    rng = np.random.default_rng(0)
+    before = scores(faulty=0.9)
+    moved = replace(before, faulty=before.faulty + 0.05 * rng.standard_normal(before.faulty.size))
+    assert not gains(moved, before)
+    assert not gains(before, before)
+    assert gains(replace(before, faulty=before.faulty + 0.01), before)
 
 
 def test_work_counts_multiplications_and_elements() -> None:
