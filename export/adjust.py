@@ -46,6 +46,7 @@ _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
 _MOST_HELD_OUT = 512
 _LOOKED_AT = 256  # images that the statistics of layers' inputs come from
+_TRIALS = 30  # of flips that a graph is measured in, shared among the bit error rates
 _PRICED_ON = 64  # images that say which layers' flips hurt
 _WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
 _STEPS = (40, 480)
@@ -153,11 +154,13 @@ class _Stage:
         self.learn, held_out = images[order[kept:]], images[order[:kept]]
         self.work = work_per_image(fp32)
         self.heavy = self.work > _HEAVY
+        bers = tuple(sorted({ber, *(max(ber, min(k * ber, _TAUGHT_BER)) for k in (3, 10))}))
         self.guard = Guard(
             held_out,
             logits_of(fp32, held_out, threads),
-            tuple(sorted({ber, max(ber, min(3 * ber, _TAUGHT_BER))})),
+            bers,
             eps,
+            trials=_TRIALS // len(bers),
             attacked=min(len(held_out), 64 if self.heavy else 128),
             seed=seed,
             threads=threads,
@@ -207,7 +210,7 @@ class _Stage:
             measured={
                 "kept": best.name,
                 "held_out": len(self.guard.images),
-                "trials": self.guard.trials,
+                "trials": self.guard.trials * len(self.guard.bers),
                 "bers": list(self.guard.bers),
                 "attack": f"pgd-{self.guard.steps}, eps={self.eps:.5g}, {self.guard.attacked} images",
                 "plain": plain.scores.summary(),
