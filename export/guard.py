@@ -32,7 +32,8 @@ Images = NDArray[np.float32]
 Values = NDArray[np.float64]
 
 LOST = 0.003  # what an adjusted graph may lose clean or attacked
-_Z = 1.64  # standard errors that a loss must exceed that by: 95%, one-sided
+_Z = 2.33  # standard errors that a loss must exceed that by: 99%, one-sided; of one export some thirty are looked at
+_Z_GAIN = 1.64  # ... that a gain must exceed 0 by: 95%
 AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
 WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
 PRICE = 2.0  # points of agreement under flips at the design BER, that a point of clean agreement below must buy
@@ -158,7 +159,7 @@ def _at_design(scores: Scores) -> float:
 def gains(candidate: Scores, other: Scores) -> bool:
     """Whether a candidate is clearly worth more under flips than another."""
     gain = (candidate.faulty - other.faulty).mean(axis=0)
-    return bool(gain.mean() > _Z * float(gain.std()) / np.sqrt(gain.size))
+    return bool(gain.mean() > _Z_GAIN * float(gain.std()) / np.sqrt(gain.size))
 
 
 def worthwhile(candidate: Scores, plain: Scores) -> bool:
