@@ -85,7 +85,8 @@ def page(
         "  arithmetic; APGD is the ensemble: an image counts only if it withstands PGD-20, APGD and targeted APGD.",
         f"* BER p: every bit of every INT8 weight flips with probability p; {setup.images} test images,",
         f"  {setup.trials} trials.",
-        f"* joint: the PGD-20 inputs at BER {JOINT_BER:g}.",
+        f"* joint: the PGD-20 inputs at BER {JOINT_BER:g}; they were crafted for memory without faults. An attacker",
+        "  who knows the flips does more ([attacks](attacks.md)).",
         f"* I+II+III: stage III for a design BER of {DESIGN_BER:g}; where its guard finds too little",
         "  to gain, it is I+II.",
     ]
