@@ -34,7 +34,7 @@ def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
             continue
         seen.add(name)
         value = np.ascontiguousarray(numpy_helper.to_array(arrays[name]))
-        if kind == "float" and value.dtype.kind != "f":
+        if kind in ("bias", "float") and value.dtype.kind != "f":
             continue
         value.flags.writeable = False
         memories.append(Memory(name, layer, kind, value))

@@ -18,7 +18,8 @@ def _tiny() -> onnx.ModelProto:
         "conv.weight.zero_point": np.zeros(4, np.int8),
         "conv.bias": np.ones(4, np.float32),
         "gain": np.ones((1, 4, 1, 1), np.float32),
-        "shape": np.array([0, -1], np.int64),
+        "shape": np.array([0, -2], np.int64),
+        "one": np.array([0, 1], np.int64),
     }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "x.scale", "x.zero_point"], ["xq"], "q"),
@@ -32,7 +33,10 @@ def _tiny() -> onnx.ModelProto:
         ),
         helper.make_node("Conv", ["xd", "wd", "conv.bias"], ["c"], "conv"),
         helper.make_node("Mul", ["c", "gain"], ["m"], "mul"),
-        helper.make_node("Reshape", ["m", "shape"], ["y"], "flat"),
+        helper.make_node(
+            "Add", ["shape", "one"], ["to"], "arithmetic"
+        ),  # as torch's exporter writes for Swin
+        helper.make_node("Reshape", ["m", "to"], ["y"], "flat"),
     ]
     graph = helper.make_graph(
         nodes,
