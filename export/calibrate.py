@@ -24,6 +24,7 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, ModelError
 from resq_deploy.export import histogram as methods
 from resq_deploy.export import ranges
+from resq_deploy.export.fisher import rounding_divergence
 from resq_deploy.export.histogram import Histogram
 from resq_deploy.quantization import MIN_SCALE, QMAX
 
@@ -109,7 +110,13 @@ def _searched(
         for name in probe.tensors
     }
     return ranges.search(
-        fp32, candidates, images, chunk=probe.chunk, threads=threads, reporter=reporter
+        fp32,
+        candidates,
+        images,
+        price=lambda: rounding_divergence(fp32, candidates, images),
+        chunk=probe.chunk,
+        threads=threads,
+        reporter=reporter,
     )
 
 

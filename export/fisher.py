@@ -1,4 +1,4 @@
-"""Which weights' flips hurt: the Fisher information of the INT8 codes.
+"""What flips of weights and rounding of activations cost the network's answers, by one gradient an image.
 
 To second order, small independent changes dq of the codes q move the network's answers by
 
@@ -7,20 +7,30 @@ To second order, small independent changes dq of the codes q move the network's 
 (the diagonal of the Fisher information; Amari, Neural Computation 1998). A flip of bit b moves a code by 2^b, so that
 at a bit error rate p  E[dq_i^2] = 21,845 p. One gradient per image prices every layer at once. Flips of high bits are
 not small: of what they do the order of the layers is right, not the last figure (docs/stage-3.md).
+
+An activation's rounding error e is known, image by image, and so is what it does to first order:
+
+    KL(f(x) || g(x))  ~  1/2 E_y [(e . d log f_y(x) / da)^2]
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 
+from resq_deploy.errors import ModelError
 from resq_deploy.export.equalize import FLIP_POWER
 from resq_deploy.export.twin import Twin
 from resq_deploy.memory import fault_space
+from resq_deploy.quantization import QMAX
 
 Images = NDArray[np.float32]
+
+_AT_ONCE = 16  # images of which all activations are held
 
 
 def flip_divergence(
@@ -43,3 +53,38 @@ def flip_divergence(
             sums[name] += 0.0 if gradient is None else float(gradient.square().sum())
     price = 0.5 * FLIP_POWER * ber / max(len(images), 1)
     return {name: price * total for name, total in sums.items()}
+
+
+def rounding_divergence(
+    fp32: onnx.ModelProto,
+    candidates: Mapping[str, Mapping[str, float]],
+    images: Images,
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Tensor -> method -> the divergence in nats that rounding it by that scale, and nothing else, is expected to cost.
+
+    `candidates`: tensor -> method -> scale, tensors of a classifier's FP32 graph; `images`: float32 [N, C, H, W] in
+    [0, 1]. Empty for a graph that the twin cannot run.
+    """
+    try:
+        twin = Twin(fp32).eval()
+    except ModelError:
+        return {}
+    output, names = fp32.graph.output[0].name, list(candidates)
+    sums = {name: dict.fromkeys(candidates[name], 0.0) for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(images), _AT_ONCE):
+        x = torch.from_numpy(images[start : start + _AT_ONCE]).requires_grad_(True)
+        values = twin.tensors(x, [*names, output])
+        log_p = values[output].log_softmax(1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        inputs = [values[name] for name in names]
+        found = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs)
+        for name, gradient in zip(names, found, strict=True):
+            value = values[name].detach()
+            for method, scale in candidates[name].items():
+                error = (value / scale).round().clamp(-QMAX, QMAX) * scale - value
+                moved = (gradient * error).flatten(1).sum(1)
+                sums[name][method] += 0.5 * float(moved.square().sum()) / len(images)
+    return sums

@@ -17,7 +17,7 @@ from resq_deploy.quantization import QMAX
 
 BINS = 4096
 _LEVELS = QMAX + 1
-_MIN_EXPONENT = -140  # of the bin width: below the smallest float32
+_MIN_EXPONENT = -160  # of the bin width: 4,096 bins for the smallest float32
 
 
 class Histogram:

@@ -7,14 +7,15 @@ inputs of one session, and what counts is
 
     KL(softmax(f(x)) || softmax(g(x; scales)))
 
-on some calibration images. The start is the best single method for all tensors; then, tensor by tensor,
-another candidate is taken where it lowers the divergence. Nothing is searched where the start is
-already as good as it matters.
+on some calibration images. The start is the best single method for all tensors; where that is far off, it is for
+each tensor the one that gradients say costs least (fisher.py), if that is better. Then, tensor by tensor, another
+candidate is taken where it lowers the divergence: those with the widest choice come first, or those that cost most.
+Nothing is searched where the start is already as good as it matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,12 @@ from resq_deploy.console import Reporter
 
 Images = NDArray[np.float32]
 Scales = dict[str, float]
+Prices = Mapping[str, Mapping[str, float]]  # tensor -> method -> nats
 
 GOOD_ENOUGH = 5e-4  # nats: below, not one image in a thousand changes its top-1
-TRIES = 64  # runs of the sample after the uniform ones; tensors with the widest choice come first
+FAR = 3e-3  # nats: above, gradients say where to look; a few tensors of many do the harm then
+TRIES = 64  # runs of the sample after the uniform ones
+_EACH = 2  # of them for one tensor, where prices say which are worth it
 _BETTER = 0.98  # of the divergence: what another candidate must reach
 _ALIKE = 1.03  # candidates whose scales are nearer than this are one
 
@@ -38,13 +42,15 @@ def search(
     candidates: Mapping[str, Mapping[str, float]],
     images: Images,
     *,
+    price: Callable[[], Prices] | None = None,
     chunk: int = 64,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, str]:
     """Method by tensor. `candidates`: tensor -> method -> scale, the same methods for each.
 
-    `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time.
+    `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time. `price`: what each candidate is
+    expected to cost, asked for where the start is far off.
     """
     if not candidates:
         return {}
@@ -53,11 +59,22 @@ def search(
     uniform = {m: trial.divergence({t: candidates[t][m] for t in candidates}) for m in methods}
     best = min(methods, key=lambda m: uniform[m])
     chosen, least = dict.fromkeys(candidates, best), uniform[best]
+    prices = price() if price is not None and least > FAR else {}
+    if prices:
+        cheapest = {t: min(methods, key=lambda m, t=t: prices[t][m]) for t in candidates}  # type: ignore[misc]
+        found = trial.divergence({t: candidates[t][m] for t, m in cheapest.items()})
+        if found < least:
+            chosen, least = cheapest, found
     say, left = reporter or Reporter(), TRIES
-    order = sorted(candidates, key=lambda t: -_spread(candidates[t]))
+    order = sorted(
+        candidates,
+        key=lambda t: -(prices[t][chosen[t]] if prices else _spread(candidates[t])),
+    )
     with say.task("choosing ranges", len(candidates), "tensors") as task:
         for name in order:
             others = _others(candidates[name], chosen[name]) if least > GOOD_ENOUGH else []
+            if prices:
+                others = sorted(others, key=lambda m, t=name: prices[t][m])[:_EACH]  # type: ignore[misc]
             for method in others[:left]:
                 left -= 1
                 scales = {t: candidates[t][chosen[t]] for t in candidates}

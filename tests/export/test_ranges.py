@@ -9,6 +9,7 @@ import pytest
 
 from resq_deploy.export import qdq, ranges
 from resq_deploy.export.calibrate import Probe, calibrate
+from resq_deploy.export.fisher import rounding_divergence
 from tests.export import nets
 
 IMAGES = nets.images(32)
@@ -101,3 +102,48 @@ def test_candidates_that_are_alike_are_tried_once() -> None:
     scales = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 1.99, "e": 0.5}
     assert ranges._others(scales, "a") == ["c", "e"]
     assert ranges._others(scales, "e") == ["a", "c"]
+
+
+def test_gradients_price_each_scale_of_each_tensor_by_what_it_costs_alone() -> None:
+    model = nets.residual()
+    names = ["relu.out", "relu1.out", "relu2.out"]
+    good = calibrate(model, names, [IMAGES], "minmax", threads=1)
+    candidates = {
+        n: {"fine": good[n].scale, "coarse": 12 * good[n].scale, "clipped": good[n].scale / 3}
+        for n in names
+    }
+    priced = rounding_divergence(model, candidates, nets.images(400, seed=5))
+    for name in names:
+        trial = ranges._Trial(model, [name], nets.images(400, seed=5), 64, 1)
+        measured = {m: trial.divergence({name: s}) for m, s in candidates[name].items()}
+        assert min(priced[name], key=lambda m: priced[name][m]) == "fine"
+        assert priced[name]["coarse"] == pytest.approx(measured["coarse"], rel=0.7)
+
+
+def test_prices_are_asked_for_only_where_the_start_is_far_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranges, "TRIES", 0)
+    model = nets.residual()
+    good = calibrate(model, ["relu.out", "relu2.out"], [IMAGES], "minmax", threads=1)
+    candidates = {n: {"x": r.scale / 40, "y": r.scale / 40} for n, r in good.items()}
+    candidates["relu.out"]["y"] = good["relu.out"].scale
+    candidates["relu2.out"]["x"] = good["relu2.out"].scale
+
+    def price() -> dict[str, dict[str, float]]:
+        return rounding_divergence(model, candidates, IMAGES)
+
+    found = ranges.search(model, candidates, IMAGES, price=price, threads=1)
+    assert found == {"relu.out": "y", "relu2.out": "x"}  # no uniform choice has both
+
+    def never() -> dict[str, dict[str, float]]:
+        raise AssertionError
+
+    monkeypatch.setattr(ranges, "FAR", np.inf)
+    ranges.search(model, candidates, IMAGES, price=never, threads=1)
+
+
+def test_a_graph_that_the_twin_cannot_run_has_no_prices() -> None:
+    model = nets.residual()
+    model.graph.node[1].op_type = "Celu"
+    assert rounding_divergence(model, {"relu.out": {"a": 0.1}}, IMAGES) == {}
