@@ -5,7 +5,7 @@ There are no labels, so FP32 is the judge. What a prediction is worth is the pro
     value(x) = f(x)[argmax g(x)] / f(x)[argmax f(x)]
 
 is 1 where both agree, and little less where FP32 hesitates too: an estimate of accuracy kept, not of agreement alone.
-Measured are golden codes, flipped codes (the same fault locations for every graph), and a white-box attack on the graph
+Measured are golden codes, flipped codes (by the same seeds for every graph), and a white-box attack on the graph
 itself. All differences are paired, image by image.
 """
 

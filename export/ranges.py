@@ -61,7 +61,7 @@ def search(
     chosen, least = dict.fromkeys(candidates, best), uniform[best]
     prices = price() if price is not None and least > FAR else {}
     if prices:
-        cheapest = {t: min(methods, key=lambda m, t=t: prices[t][m]) for t in candidates}  # type: ignore[misc]
+        cheapest = {t: min(methods, key=prices[t].__getitem__) for t in candidates}
         found = trial.divergence({t: candidates[t][m] for t, m in cheapest.items()})
         if found < least:
             chosen, least = cheapest, found
@@ -74,7 +74,7 @@ def search(
         for name in order:
             others = _others(candidates[name], chosen[name]) if least > GOOD_ENOUGH else []
             if prices:
-                others = sorted(others, key=lambda m, t=name: prices[t][m])[:_EACH]  # type: ignore[misc]
+                others = sorted(others, key=prices[name].__getitem__)[:_EACH]
             for method in others[:left]:
                 left -= 1
                 scales = {t: candidates[t][chosen[t]] for t in candidates}

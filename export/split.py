@@ -126,9 +126,9 @@ def _rewritten(
             values, axis = numpy_helper.to_array(weight), _input_axis(node, len(weight.dims))
             parts = np.concatenate([values / np.float32(count)] * count, axis=axis)
             weight.CopyFrom(numpy_helper.from_array(parts, weight.name))
-            source, name = node.input[0], f"{node.input[0]}.x{count}"
+            source, where = node.input[0], 1 if node.op_type == "Conv" else -1
+            name = f"{source}.x{count}" if where == 1 else f"{source}.last.x{count}"
             if name not in sources:
-                where = 1 if node.op_type == "Conv" else -1
                 nodes.append(
                     helper.make_node("Concat", [source] * count, [name], name=name, axis=where)
                 )

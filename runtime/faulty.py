@@ -173,7 +173,7 @@ def measure(
             answers = _answers(runner, reached, (sample.images, plain, known))
             if answers is None:
                 failed += 1
-                check_golden(engine, golden, number)
+                check_golden(engine, golden, number, "see what the device says of it")
                 answers = [np.full_like(golden, np.nan)] * 3
             right, both, all_three = (top1(logits) == sample.labels for logits in answers)
             done.append((right, right & both, right & all_three))

@@ -23,6 +23,8 @@ from resq_deploy.runtime.runner import Images, Runner
 
 Status = Literal["ok", "unreachable", "error", "crash", "hang"]
 
+_RESUME = "the trial is kept as a failure; --resume opens the engine anew and goes on behind it"
+
 
 class TrialEngine(Protocol):
     """A deployed network with a fixed set of images: what a trial needs of a backend.
@@ -163,7 +165,7 @@ def run_trials(
             check_golden(engine, golden, trial)
 
 
-def check_golden(engine: TrialEngine, golden: Logits, trial: int) -> None:
+def check_golden(engine: TrialEngine, golden: Logits, trial: int, hint: str = _RESUME) -> None:
     """A failed run may leave an engine, or a whole GPU context, that fails at whatever comes next: no outcome."""
     try:
         same = engine.golden().tobytes() == golden.tobytes()
@@ -174,7 +176,7 @@ def check_golden(engine: TrialEngine, golden: Logits, trial: int) -> None:
     if not same:
         raise EngineLost(
             f"trial {trial} failed, and the engine does not answer as before now that it is over",
-            "the trial is kept as a failure; --resume opens the engine anew and goes on behind it",
+            hint,
         )
 
 
