@@ -42,7 +42,7 @@ _TRIED = _CHOOSE | {
     "percentile-99.9": partial(methods.percentile, percent=99.9),
     "percentile-99": partial(methods.percentile, percent=99.0),
 }
-_JUDGES = 48  # images that candidates are tried on, and as many adversarial ones
+_JUDGES = 48  # images that candidates are tried on beside the extreme ones; as many adversarial
 _CHUNK_BYTES = 48 * 2**20  # of activations that one run of the graph may hand back
 
 
@@ -83,15 +83,15 @@ def calibrate(
         raise DataError(f"unknown calibration method {method!r}", f"one of: {', '.join(METHODS)}")
     say = reporter or Reporter()
     probe = Probe(fp32, tensors, threads)
-    judges = [_Sample(_JUDGES), _Sample(_JUDGES)]
-    clean = observe(probe, judges[0].of(batches), say, "calibrating")
-    if not judges[0].images:
+    judges = ranges.Judges(_JUDGES), ranges.Judges(_JUDGES)
+    clean = observe(probe, batches, say, "calibrating", judges[0])
+    if not judges[0].seen:
         raise DataError("calibration got no images", "give at least one batch")
-    attacked = observe(probe, judges[1].of(adversarial), say, "calibrating on adversarial images")
+    title = "calibrating on adversarial images"
+    attacked = observe(probe, adversarial, say, title, judges[1])
     chosen: dict[str, str] = dict.fromkeys(probe.tensors, method)
     if method == "auto" and probe.classifies:
-        sample = np.concatenate([*judges[0].images, *judges[1].images])
-        chosen = _searched(fp32, probe, clean, attacked, sample, threads, say)
+        chosen = _searched(fp32, probe, clean, attacked, judges, threads, say)
     return {name: choose(clean[name], attacked[name], chosen[name]) for name in probe.tensors}
 
 
@@ -100,11 +100,12 @@ def _searched(
     probe: Probe,
     clean: Mapping[str, Histogram],
     attacked: Mapping[str, Histogram],
-    images: Images,
+    judges: Sequence[ranges.Judges],
     threads: int | None,
     reporter: Reporter,
 ) -> dict[str, str]:
     """The method of each tensor that moves the logits least."""
+    images, weights = ranges.drawn(judges)
     candidates = {
         name: {m: choose(clean[name], attacked[name], m).scale for m in _TRIED}
         for name in probe.tensors
@@ -113,37 +114,30 @@ def _searched(
         fp32,
         candidates,
         images,
-        price=lambda: rounding_divergence(fp32, candidates, images),
+        weights=weights,
+        price=lambda: rounding_divergence(fp32, candidates, images, weights),
         chunk=probe.chunk,
         threads=threads,
         reporter=reporter,
     )
 
 
-class _Sample:
-    """The first images that pass by, `count` at most."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.images: list[Images] = []
-
-    def of(self, batches: Iterable[Images]) -> Iterator[Images]:
-        """The same batches."""
-        for images in batches:
-            if self.left and len(images):
-                self.images.append(np.asarray(images[: self.left], np.float32))
-                self.left -= len(self.images[-1])
-            yield images
-
-
 def observe(
-    probe: Probe, batches: Iterable[Images], reporter: Reporter, title: str
+    probe: Probe,
+    batches: Iterable[Images],
+    reporter: Reporter,
+    title: str,
+    judges: ranges.Judges | None = None,
 ) -> dict[str, Histogram]:
-    """Histograms of every tensor of the probe over all batches."""
+    """Histograms of every tensor of the probe over all batches; `judges` are drawn from them."""
     found = {name: Histogram() for name in probe.tensors}
     with reporter.task(title, None, "images") as task:
         for images in batches:
+            start = 0
             for size, values in probe.run(images):
+                if judges is not None:
+                    judges.see(images[start : start + size], values)
+                start += size
                 for name, value in values.items():
                     _add(found[name], name, value)
                 task.advance(size)

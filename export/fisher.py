@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from resq_deploy.errors import ModelError
 from resq_deploy.export.equalize import FLIP_POWER
+from resq_deploy.export.ranges import even
 from resq_deploy.export.twin import Twin
 from resq_deploy.memory import fault_space
 from resq_deploy.quantization import QMAX
@@ -59,23 +60,27 @@ def rounding_divergence(
     fp32: onnx.ModelProto,
     candidates: Mapping[str, Mapping[str, float]],
     images: Images,
+    weights: NDArray[np.float64] | None = None,
     *,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Tensor -> method -> the divergence in nats that rounding it by that scale, and nothing else, is expected to cost.
 
     `candidates`: tensor -> method -> scale, tensors of a classifier's FP32 graph; `images`: float32 [N, C, H, W] in
-    [0, 1]. Empty for a graph that the twin cannot run.
+    [0, 1]; `weights`: what each stands for, [N], 1 in sum
+    (all alike by default). Empty for a graph that the twin cannot run.
     """
     try:
         twin = Twin(fp32).eval()
     except ModelError:
         return {}
     output, names = fp32.graph.output[0].name, list(candidates)
+    weights = even(images) if weights is None else weights
     sums = {name: dict.fromkeys(candidates[name], 0.0) for name in names}
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(images), _AT_ONCE):
         x = torch.from_numpy(images[start : start + _AT_ONCE]).requires_grad_(True)
+        share = torch.from_numpy(weights[start : start + _AT_ONCE])
         values = twin.tensors(x, [*names, output])
         log_p = values[output].log_softmax(1)
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -85,6 +90,6 @@ def rounding_divergence(
             value = values[name].detach()
             for method, scale in candidates[name].items():
                 error = (value / scale).round().clamp(-QMAX, QMAX) * scale - value
-                moved = (gradient * error).flatten(1).sum(1)
-                sums[name][method] += 0.5 * float(moved.square().sum()) / len(images)
+                moved = (gradient * error).flatten(1).sum(1).double()
+                sums[name][method] += 0.5 * float(share @ moved.square())
     return sums

@@ -7,7 +7,9 @@ inputs of one session, and what counts is
 
     KL(softmax(f(x)) || softmax(g(x; scales)))
 
-on some calibration images. The start is the best single method for all tensors; where that is far off, it is for
+on some calibration images: the first ones, and those in which some tensor is largest of all. A range that is good for
+most images may ruin the few that run out of it, and on heavy tails those few are most of the mean, so they are drawn on
+purpose and weighed as what they are, one image each (stratified sampling). The start is the best single method for all tensors; where that is far off, it is for
 each tensor the one that gradients say costs least (fisher.py), if that is better. Then, tensor by tensor, another
 candidate is taken where it lowers the divergence: those with the widest choice come first, or those that cost most.
 Nothing is searched where the start is already as good as it matters.
@@ -26,6 +28,7 @@ from onnx import TensorProto, helper
 from resq_deploy.console import Reporter
 
 Images = NDArray[np.float32]
+Weights = NDArray[np.float64]
 Scales = dict[str, float]
 Prices = Mapping[str, Mapping[str, float]]  # tensor -> method -> nats
 
@@ -42,6 +45,7 @@ def search(
     candidates: Mapping[str, Mapping[str, float]],
     images: Images,
     *,
+    weights: Weights | None = None,
     price: Callable[[], Prices] | None = None,
     chunk: int = 64,
     threads: int | None = None,
@@ -49,12 +53,13 @@ def search(
 ) -> dict[str, str]:
     """Method by tensor. `candidates`: tensor -> method -> scale, the same methods for each.
 
-    `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time. `price`: what each candidate is
+    `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time; `weights`: what each of them
+    stands for, float64 [B], 1 in sum (all alike by default). `price`: what each candidate is
     expected to cost, asked for where the start is far off.
     """
     if not candidates:
         return {}
-    trial = _Trial(fp32, list(candidates), images, chunk, threads)
+    trial = _Trial(fp32, list(candidates), images, chunk, threads, weights)
     methods = list(next(iter(candidates.values())))
     uniform = {m: trial.divergence({t: candidates[t][m] for t in candidates}) for m in methods}
     best = min(methods, key=lambda m: uniform[m])
@@ -100,6 +105,52 @@ def _others(scales: Mapping[str, float], chosen: str) -> list[str]:
     return found
 
 
+class Judges:
+    """Of the images that pass by: the first `count`, and for each tensor the one in which it is largest."""
+
+    def __init__(self, count: int) -> None:
+        self.seen = 0
+        self._count = count
+        self._first: list[Images] = []
+        self._extreme: dict[str, tuple[float, int, Images]] = {}
+
+    def see(self, images: Images, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Some images, float32 [B, C, H, W], and their activations, [B, ...]."""
+        self._first += [np.array(x, np.float32) for x in images[: max(self._count - self.seen, 0)]]
+        for name, value in values.items():
+            if len(value) != len(images):
+                continue
+            flat = value.reshape(len(value), -1)
+            peaks = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+            most = int(peaks.argmax())
+            if name not in self._extreme or peaks[most] > self._extreme[name][0]:
+                image = np.array(images[most], np.float32)
+                self._extreme[name] = (float(peaks[most]), self.seen + most, image)
+        self.seen += len(images)
+
+    def drawn(self) -> tuple[list[Images], list[float]]:
+        """The images, and what share of all that were seen each stands for."""
+        extreme = {index: image for _, index, image in self._extreme.values()}
+        usual = [i for i in range(len(self._first)) if i not in extreme]
+        each = (self.seen - len(extreme)) / max(len(usual), 1)
+        images = [*(self._first[i] for i in usual), *extreme.values()]
+        shares = [each] * len(usual) + [1.0] * len(extreme)
+        return images, [share / sum(shares) for share in shares]
+
+
+def drawn(judges: Sequence[Judges]) -> tuple[Images, Weights]:
+    """Images and weights of several groups, each of which counts as much as the others; 1 in sum."""
+    groups = [judge.drawn() for judge in judges if judge.seen]
+    images = np.stack([image for found, _ in groups for image in found])
+    weights = np.array([share / len(groups) for _, shares in groups for share in shares])
+    return images, weights
+
+
+def even(images: Images) -> Weights:
+    """Weights of images that all count alike."""
+    return np.full(len(images), 1 / max(len(images), 1))
+
+
 class _Trial:
     """The FP32 graph with rounded activations in one session, and FP32's own log-probabilities."""
 
@@ -110,6 +161,7 @@ class _Trial:
         images: Images,
         chunk: int,
         threads: int | None,
+        weights: Weights | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -126,6 +178,7 @@ class _Trial:
         self._session = rounded
         self._output = fp32.graph.output[0].name
         self._input = plain.get_inputs()[0].name
+        self._weights = even(images) if weights is None else weights
         self._parts = [images[i : i + chunk] for i in range(0, len(images), chunk)]
         self._reference = log_softmax(self._run(plain, {}))
 
@@ -138,7 +191,7 @@ class _Trial:
         if not np.isfinite(logits).all():
             return float("inf")
         p, q = self._reference, log_softmax(logits)
-        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+        return float(self._weights @ (np.exp(p) * (p - q)).sum(axis=1))
 
     def _run(self, session: Any, given: Mapping[str, Any]) -> NDArray[np.float32]:
         runs = (session.run([self._output], {self._input: x, **given})[0] for x in self._parts)

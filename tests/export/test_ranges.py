@@ -147,3 +147,25 @@ def test_a_graph_that_the_twin_cannot_run_has_no_prices() -> None:
     model = nets.residual()
     model.graph.node[1].op_type = "Celu"
     assert rounding_divergence(model, {"relu.out": {"a": 0.1}}, IMAGES) == {}
+
+
+def test_judges_are_the_first_images_and_the_extreme_ones_each_for_what_it_stands_for() -> None:
+    judges = ranges.Judges(3)
+    images = np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1)
+    peaks = {"a": [0, 9, 1, 1, 1, 1, 1, 1, 1, 1], "b": [0, 0, 0, 0, 0, 0, 0, -5, 0, 4]}
+    values = {name: np.array(v, np.float32).reshape(10, 1) for name, v in peaks.items()}
+    for part in (slice(0, 2), slice(2, 8), slice(8, 10)):
+        judges.see(images[part], {name: v[part] for name, v in values.items()})
+    found, weights = ranges.drawn([judges, ranges.Judges(3)])
+    shares = dict(zip(found[:, 0, 0, 0].tolist(), weights.tolist(), strict=True))
+    assert shares == pytest.approx({0: 0.4, 2: 0.4, 1: 0.1, 7: 0.1})  # 0 and 2 stand for eight
+
+
+def test_a_range_serves_the_rare_image_that_needs_it() -> None:
+    """One image of 300, beyond the first ones, in which the network's activations are 40 times as large."""
+    model = nets.residual()
+    images = nets.images(300, seed=3) / 40
+    images[200] *= 40
+    found = calibrate(model, ["relu.out"], [images[:150], images[150:]], threads=1)["relu.out"]
+    tight = calibrate(model, ["relu.out"], [images[:200]], threads=1)["relu.out"]
+    assert found.high > 10 * tight.high
