@@ -5,7 +5,7 @@
 2. A residual sum reads one branch from the epilogue of its convolution and the other, the skip, as INT8.
 3. Average pooling between INT8 layers: Q/DQ before and after it.
 4. MaxPool commutes with rounding: Q/DQ before and after it, with one scale.
-5. The inputs of a Concat that is read as INT8 share its scale.
+5. The inputs of a Concat that is read as INT8 share its scale; copies of a tensor are made of its codes (split.py).
 6. All else stays float, and the plan says why. So do layers with fewer than 16 channels inside the network: INT8 tensor
    cores work on 16 at a time. The first and the last layer are INT8 whatever their width: their weights
    are weight memory, and a flipped bit moves an INT8 weight by no more than its range, a float one by 2^127.
@@ -217,7 +217,7 @@ class _Planner:
         later = self._later(node.output[0])
         if node.op_type != "Concat" or not later or self.half:
             return
-        if self._is_one(node):
+        if self._is_one(node) and len(set(node.input)) > 1:
             return
         for position, name in enumerate(node.input):
             if name not in self.arrays:
@@ -225,7 +225,7 @@ class _Planner:
         self._share(*node.input, *later)
 
     def _is_one(self, node: onnx.NodeProto) -> bool:
-        """Whether a Concat is of one tensor: a rotation of its pieces, or copies (split.py)."""
+        """Whether a Concat is of one tensor: a rotation of its pieces, or copies."""
         return len({self._origin(name) for name in node.input}) == 1
 
     def _later(self, name: str) -> list[str]:

@@ -296,19 +296,35 @@ class _Lowering(Products):
 
     def _on_codes(self, node: onnx.NodeProto) -> bool:
         """A pool or a move between a DQ and a Q of the same scale and zero point."""
-        x, arrays = node.input[0], self.graph.arrays
-        sink = self.sink(node.output[0])
+        x, sink = node.input[0], self.sink(node.output[0])
         q = self.quants.get(x)
-        if q is None or sink is None or not self._passes(node, x):
-            return False
-        zero = int(arrays[sink.q.input[2]].reshape(-1)[0])
-        same = arrays[q.scale].tobytes() == arrays[sink.q.input[1]].tobytes()
-        if not same or zero + q.shift != q.zero:
+        if q is None or sink is None or not (self._passes(node, x) and self._is_alike(q, sink)):
             return False
         self.close(
             Sink((node, *sink.between), sink.q), lambda s, z: (q.name, q.nhwc), q.rank, q.shift
         )
         return True
+
+    def on_Concat(self, node: onnx.NodeProto) -> bool:
+        """Copies of a tensor's channels between a DQ and a Q of the same scale and zero point (split.py)."""
+        x, axis, sink = node.input[0], attributes(node)["axis"], self.sink(node.output[0])
+        q = self.quants.get(x)
+        if q is None or sink is None or sink.between or not self._is_alike(q, sink):
+            return False
+        if any(name != x for name in node.input) or (q.rank == 4 and axis not in (1, -3)):
+            return False
+        copies, where = [q.name] * len(node.input), 3 if q.nhwc else axis
+        self.close(
+            sink, lambda s, z: (self.emit("Concat", copies, axis=where), q.nhwc), q.rank, q.shift
+        )
+        return True
+
+    def _is_alike(self, q: Quant, sink: Sink) -> bool:
+        """Whether the codes of a quantized tensor are what the Q of a sink would make of its values."""
+        arrays = self.graph.arrays
+        zero = int(arrays[sink.q.input[2]].reshape(-1)[0])
+        same = arrays[q.scale].tobytes() == arrays[sink.q.input[1]].tobytes()
+        return same and zero + q.shift == q.zero
 
     def _flattened(self, node: onnx.NodeProto) -> bool:
         """A Flatten of one pixel needs no change of layout."""
