@@ -1,6 +1,6 @@
 """RESQ stage III after training: an INT8 graph that keeps FP32's answers, also when bits of its weights flip.
 
-    1 equalize      channels are rescaled so that a flip moves less (equalize.py); the ranges are calibrated anew
+    1 equalize      channels are rescaled and centred: a flip moves less (equalize.py, center.py); then new ranges
     2 split         the layers whose flips hurt most read copies of their input, and a flip moves less (split.py)
     3 reconstruct   scales get smaller where that costs less than flips do; codes make up for it (reconstruct.py)
     4 distill       codes and biases learn FP32's logits, golden and flipped, on clean and attacked images (distill.py)
@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from resq_deploy.bundle import Sample
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
-from resq_deploy.export import fold, qdq, rules
+from resq_deploy.export import center, fold, qdq, rules
 from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import Recipe, distill
@@ -220,18 +220,20 @@ class _Stage:
         return Adjusted(best.model, best.fp32, best.ranges, record)
 
     def _equalized(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
-        found = tensors(groups(base.fp32))
+        found = [*tensors(groups(base.fp32)), *center.tensors(base.fp32)]
         moments = {name: Moments() for name in found}
         for _, values in Probe(base.fp32, found, self.threads).run(self.learn[:_LOOKED_AT]):
             for name in found:
                 moments[name].add(values[name])
         same, gains = equalize(base.fp32, moments, self.ber)
+        same, centered = center.center(same, moments, self.ber)
         where = qdq.activation_tensors(same)
         ranges = calibrate(
             same, where, (self.learn,), adversarial=(self._attacked(),), threads=self.threads
         )
         model = qdq.quantize_graph(same, ranges, half_scales=self.half_scales)
-        return self._scored(_after(base, "equalized"), model, same, ranges), {"groups": gains}
+        told = {"groups": gains, "centered": centered}
+        return self._scored(_after(base, "equalized"), model, same, ranges), told
 
     def _split(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         cost = flip_divergence(base.model, self.learn[:_PRICED_ON], self.ber, seed=self.seed)

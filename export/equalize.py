@@ -100,7 +100,7 @@ class _Finder:
     def _is_layer(self, node: onnx.NodeProto) -> bool:
         weight = self.arrays.get(node.input[1])
         bias = node.input[2] if len(node.input) > 2 else ""
-        return weight is not None and (not bias or bias in self.arrays) and _is_simple(node, weight)
+        return weight is not None and (not bias or bias in self.arrays) and is_simple(node, weight)
 
     def _flattens(self, node: onnx.NodeProto) -> bool:
         """[N, C, H, W] -> [N, C * H * W]: channel c becomes H * W neighbours."""
@@ -124,16 +124,16 @@ class _Finder:
         self.parent[self._root(a)] = self._root(b)
 
 
-def _is_simple(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+def is_simple(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
     """A plain or depthwise Conv, or a Gemm y = x B^T + c."""
     given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Gemm":
         ones = given.get("alpha", 1.0) == 1.0 == given.get("beta", 1.0)
         return ones and not given.get("transA", 0) and bool(given.get("transB", 0))
-    return given.get("group", 1) == 1 or _is_depthwise(node, weight.dims)
+    return given.get("group", 1) == 1 or is_depthwise(node, weight.dims)
 
 
-def _is_depthwise(node: onnx.NodeProto, dims: Sequence[int]) -> bool:
+def is_depthwise(node: onnx.NodeProto, dims: Sequence[int]) -> bool:
     count = next((a.i for a in node.attribute if a.name == "group"), 1)
     return count > 1 and count == dims[0] and dims[1] == 1
 
@@ -144,20 +144,32 @@ def tensors(found: Iterable[Group]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _zero() -> NDArray[np.float64]:
+    return np.zeros(1)
+
+
 @dataclass(slots=True)
 class Moments:
-    """Per channel of one activation: sum of squares, count and largest magnitude; `add` sees a batch."""
+    """Per channel of one activation: sum, sum of squares, extremes (0 among them), count; `add` sees a batch."""
 
-    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
-    peak: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    total: NDArray[np.float64] = field(default_factory=_zero)
+    squares: NDArray[np.float64] = field(default_factory=_zero)
+    low: NDArray[np.float64] = field(default_factory=_zero)
+    high: NDArray[np.float64] = field(default_factory=_zero)
     count: int = 0
 
     def add(self, values: NDArray[np.float32]) -> None:
         """float32 [B, C, ...]."""
         flat = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+        self.total = self.total + flat.sum(axis=1, dtype=np.float64)
         self.squares = self.squares + np.square(flat, dtype=np.float64).sum(axis=1)
-        self.peak = np.maximum(self.peak, np.abs(flat).max(axis=1).astype(np.float64))
+        self.low = np.minimum(self.low, flat.min(axis=1).astype(np.float64))
+        self.high = np.maximum(self.high, flat.max(axis=1).astype(np.float64))
         self.count += flat.shape[1]
+
+    def mean(self) -> NDArray[np.float64]:
+        """E[x] of each channel."""
+        return self.total / max(self.count, 1)
 
     def power(self) -> NDArray[np.float64]:
         """E[x^2] of each channel."""
@@ -165,23 +177,49 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Reader:
-    """One consumer in numbers: |W|max and |W|^2 [O, C], E[x^2] and max|x| [C], kernel taps."""
+class Reader:
+    """One layer in numbers: |W|max and |W|^2 [O, C], and of its input E[x], E[x^2] and extremes [C]; kernel taps."""
 
     largest: torch.Tensor
     energy: torch.Tensor
+    mean: torch.Tensor
     power: torch.Tensor
-    peak: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
     taps: int
 
-    def noise(self, log_r: torch.Tensor, flips: float) -> torch.Tensor:
-        r = log_r.exp()
+    @classmethod
+    def of(cls, node: onnx.NodeProto, weights: NDArray[Any], seen: Moments) -> Reader:
+        """A Conv or Gemm that reads a tensor with these moments."""
+        weight = weights.astype(np.float64)
+        if is_depthwise(node, weight.shape):
+            # Its own scales absorb r: no noise of weights that r could change.
+            energy = np.square(weight).reshape(1, len(weight), -1).sum(axis=2)
+            largest = np.zeros_like(energy)
+        else:
+            flat = weight.reshape(*weight.shape[:2], -1)
+            largest, energy = np.abs(flat).max(axis=2), np.square(flat).sum(axis=2)
+        tensor = torch.from_numpy
+        inputs = tensor(seen.mean()), tensor(seen.power()), tensor(seen.low), tensor(seen.high)
+        return cls(tensor(largest), tensor(energy), *inputs, int(np.prod(weight.shape[2:])))
+
+    def noise(self, log_r: torch.Tensor, shift: torch.Tensor, flips: float) -> torch.Tensor:
+        """N(r) of (x - shift) / r, relative to the power of the output; both [C], or [C / n] for n neighbours each."""
+        each = len(self.power) // len(log_r)
+        r, shift = (v.repeat_interleave(each) for v in (log_r.exp(), shift))
         scales = (self.largest * r).amax(dim=1) / 127
-        weights = flips * scales.square().sum() * self.taps * (self.power / r.square()).sum()
-        step = (self.peak / r).amax() / 127
+        power = self.power - 2 * shift * self.mean + shift.square()
+        weights = flips * scales.square().sum() * self.taps * (power / r.square()).sum()
+        peak = torch.maximum((self.high - shift).abs(), (self.low - shift).abs())
+        step = (peak / r).amax() / 127
         rounding = step.square() / 12 * (self.energy * r.square()).sum()
         signal = (self.energy * self.power).sum()
         return (weights + rounding) / signal.clamp_min(1e-30)
+
+
+def power_of_changes(ber: float) -> float:
+    """K: E[dq^2] of a code by flips at this BER and by rounding."""
+    return ber * FLIP_POWER + 1 / 12
 
 
 def equalize(
@@ -196,14 +234,17 @@ def equalize(
     arrays = {t.name: numpy_helper.to_array(t).copy() for t in copy.graph.initializer}
     record = []
     for group in groups(copy):
-        readers = [_reader(node, arrays, moments[node.input[0]]) for node in group.consumers]
+        readers = [
+            Reader.of(node, arrays[node.input[1]], moments[node.input[0]])
+            for node in group.consumers
+        ]
         channels = len(arrays[group.producers[0].input[1]])
         made = {len(arrays[node.input[1]]) for node in group.producers}
         if made != {channels} or any(len(r.power) % channels for r in readers):
             continue
-        log_r, gain = _solve(readers, channels, ber * FLIP_POWER + 1 / 12)
+        r, _, gain = least_noise(readers, channels, power_of_changes(ber))
         if gain > 0.05:
-            _apply(group, arrays, np.exp(log_r))
+            _apply(group, arrays, r)
             name = group.consumers[0].name or group.consumers[0].output[0]
             record.append({"into": name, "channels": channels, "gain_db": round(gain, 2)})
     for tensor in copy.graph.initializer:
@@ -211,39 +252,31 @@ def equalize(
     return copy, record
 
 
-def _reader(node: onnx.NodeProto, arrays: Mapping[str, NDArray[Any]], seen: Moments) -> _Reader:
-    weight = arrays[node.input[1]].astype(np.float64)
-    if _is_depthwise(node, weight.shape):
-        # Its own scales absorb r: no noise of weights that r could change.
-        energy = np.square(weight).reshape(1, len(weight), -1).sum(axis=2)
-        largest = np.zeros_like(energy)
-    else:
-        flat = weight.reshape(*weight.shape[:2], -1)
-        largest, energy = np.abs(flat).max(axis=2), np.square(flat).sum(axis=2)
-    tensor = torch.from_numpy
-    taps = int(np.prod(weight.shape[2:]))
-    return _Reader(tensor(largest), tensor(energy), tensor(seen.power()), tensor(seen.peak), taps)
+def least_noise(
+    readers: Sequence[Reader], channels: int, flips: float, *, shifts: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """r and shift [channels] with the least noise, and what they gain in dB; without `shifts`, those are 0.
 
-
-def _solve(readers: Sequence[_Reader], channels: int, flips: float) -> tuple[NDArray[Any], float]:
-    """log r [channels] with the least noise, and what it gains in dB."""
-    log_r = torch.zeros(channels, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([log_r], lr=0.05)
-    best, start, least = log_r.detach().clone(), 0.0, float("inf")
+    `flips`: K. A reader's input may have a multiple of the channels, as neighbours (flattening).
+    """
+    log_r, share = (torch.zeros(channels, dtype=torch.float64, requires_grad=True) for _ in "rc")
+    low, high = (torch.stack([getattr(r, n)[:channels] for r in readers]) for n in ("low", "high"))
+    span = (high.amax(0) - low.amin(0)) if shifts else torch.zeros(channels, dtype=torch.float64)
+    optimizer = torch.optim.Adam([log_r, share], lr=0.05)
+    best, start, least = (log_r.detach().clone(), share.detach().clone()), 0.0, float("inf")
     for step in range(_STEPS):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / _STEPS)
         optimizer.zero_grad()
-        spread = [log_r.repeat_interleave(len(r.power) // channels) for r in readers]
-        loss = torch.stack([r.noise(s, flips) for r, s in zip(readers, spread, strict=True)]).sum()
+        loss = torch.stack([r.noise(log_r, share * span, flips) for r in readers]).sum()
         value = float(loss.detach())
         start = start or value
         if value < least:
-            best, least = log_r.detach().clone(), value
+            best, least = (log_r.detach().clone(), share.detach().clone()), value
         loss.log().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
             log_r.clamp_(-_LIMIT, _LIMIT)
-    return best.numpy(), float(10 * np.log10(start / least))
+    return best[0].exp().numpy(), (best[1] * span).numpy(), float(10 * np.log10(start / least))
 
 
 def _apply(group: Group, arrays: dict[str, NDArray[Any]], r: NDArray[Any]) -> None:
@@ -252,8 +285,13 @@ def _apply(group: Group, arrays: dict[str, NDArray[Any]], r: NDArray[Any]) -> No
             shape = (-1, *[1] * (arrays[name].ndim - 1))
             arrays[name] = (arrays[name] / r.reshape(shape)).astype(np.float32)
     for node in group.consumers:
-        weight = arrays[node.input[1]]
-        axis = 0 if _is_depthwise(node, weight.shape) else 1
-        trailing = [1] * (weight.ndim - 1 - axis)
-        spread = np.repeat(r, weight.shape[axis] // len(r)).reshape(-1, *trailing)
-        arrays[node.input[1]] = (weight * spread).astype(np.float32)
+        arrays[node.input[1]] = stretched(node, arrays[node.input[1]], r)
+
+
+def stretched(node: onnx.NodeProto, weight: NDArray[Any], r: NDArray[Any]) -> NDArray[np.float32]:
+    """The weight of a Conv or Gemm whose input was divided by r, [channels]."""
+    axis = 0 if is_depthwise(node, weight.shape) else 1
+    trailing = [1] * (weight.ndim - 1 - axis)
+    spread = np.repeat(r, weight.shape[axis] // len(r)).reshape(-1, *trailing)
+    made: NDArray[np.float32] = (weight * spread).astype(np.float32)
+    return made

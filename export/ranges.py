@@ -8,11 +8,13 @@ inputs of one session, and what counts is
     KL(softmax(f(x)) || softmax(g(x; scales)))
 
 on some calibration images: the first ones, and those in which some tensor is largest of all. A range that is good for
-most images may ruin the few that run out of it, and on heavy tails those few are most of the mean, so they are drawn on
-purpose and weighed as what they are, one image each (stratified sampling). The start is the best single method for all tensors; where that is far off, it is for
-each tensor the one that gradients say costs least (fisher.py), if that is better. Then, tensor by tensor, another
-candidate is taken where it lowers the divergence: those with the widest choice come first, or those that cost most.
-Nothing is searched where the start is already as good as it matters.
+most images may ruin the few that run out of it, and on heavy tails those few are most of the mean; so they are drawn
+on purpose, and weighed as what they are, one image each (stratified sampling).
+
+The start is the best single method for all tensors; where that is far off, it is for each tensor the one that gradients
+say costs least (fisher.py), if that is better. Then, tensor by tensor, another candidate is taken where it lowers the
+divergence: those with the widest choice come first, or those that cost most. Nothing is searched where the start is
+already as good as it matters.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def test_moments_are_those_of_all_batches_together() -> None:
     seen.add(sample[:3])
     seen.add(sample[3:])
     np.testing.assert_allclose(seen.power(), np.square(sample).mean(axis=(0, 2, 3)), rtol=1e-6)
-    np.testing.assert_array_equal(seen.peak, np.abs(sample).max(axis=(0, 2, 3)))
+    np.testing.assert_allclose(seen.mean(), sample.mean(axis=(0, 2, 3)), atol=1e-6)
+    np.testing.assert_array_equal(seen.high, sample.max(axis=(0, 2, 3)))
+    np.testing.assert_array_equal(seen.low, sample.min(axis=(0, 2, 3)))
 
 
 def test_a_network_without_groups_comes_back_unchanged() -> None:

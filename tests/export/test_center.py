@@ -1,0 +1,121 @@
+"""Centring and scaling: the same function, less noise where equalization cannot reach; layers that cannot take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from resq_deploy.export import center, graph, qdq, ranges
+from resq_deploy.export.adjust import logits_of
+from resq_deploy.export.calibrate import Probe, calibrate
+from resq_deploy.export.equalize import Moments
+from resq_deploy.export.twin import Twin
+from resq_deploy.runtime.ort import OrtRunner
+from tests.export import nets
+
+IMAGES = nets.images(48)
+
+
+def gated(*, kernel: int = 1, group: int = 1) -> onnx.ModelProto:
+    """conv - x sigmoid(x), whose channels differ tenfold and more - conv `second` - relu - mean - fc."""
+    b = nets.Builder(2)
+    x = b.conv("stem", "input", (16, 1, 3, 3))
+    y = b.op("Mul", "silu", x, b.op("Sigmoid", "sigmoid", x))
+    y = b.conv("second", y, (16, 16 // group, kernel, kernel), group=group)
+    y = b.op("GlobalAveragePool", "mean", b.op("Relu", "relu", y))
+    b.gemm("fc", b.op("Flatten", "flatten", y), 16, nets.CLASSES)
+    for tensor in b.tensors:
+        if tensor.name == "stem.weight":
+            values = numpy_helper.to_array(tensor) * np.geomspace(1, 60, 16)[:, None, None, None]
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+    return b.model()
+
+
+def moments(model: onnx.ModelProto) -> dict[str, Moments]:
+    names = center.tensors(model)
+    found = {name: Moments() for name in names}
+    for _, values in Probe(model, names, 1).run(IMAGES):
+        for name in names:
+            found[name].add(values[name])
+    return found
+
+
+def centered(model: onnx.ModelProto, ber: float = 0.0) -> tuple[onnx.ModelProto, list[Any]]:
+    return center.center(model, moments(model), ber)
+
+
+def error(model: onnx.ModelProto, tensor: str) -> float:
+    """Mean squared error of the logits where only this tensor is rounded, by its extremes."""
+    scale = calibrate(model, [tensor], [IMAGES], "minmax", threads=1)[tensor].scale
+    rounded = ranges.rounded_graph(model, [tensor]).SerializeToString()
+    session = ort.InferenceSession(rounded, providers=["CPUExecutionProvider"])
+    given = {"input": IMAGES, ranges.scale_input(tensor): np.asarray(scale, np.float32)}
+    return float(np.square(session.run(["logits"], given)[0] - logits_of(model, IMAGES, 1)).mean())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("group", [1, 16])
+def test_the_function_stays(kernel: int, group: int) -> None:
+    model = gated(kernel=kernel, group=group)
+    before = model.SerializeToString(deterministic=True)
+    made, record = centered(model)
+    assert model.SerializeToString(deterministic=True) == before
+    graph.check(made)
+    assert [r["tensor"] for r in record] == ["silu.out"]
+    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+
+
+def test_rounding_costs_less() -> None:
+    model = gated()
+    made, record = centered(model)
+    assert record[0]["gain_db"] > 6
+    assert error(made, "silu.out.centered") < 0.25 * error(model, "silu.out")
+
+
+def test_a_layer_that_pads_gets_no_shift() -> None:
+    for kernel, shifted in ((1, True), (3, False)):
+        made, record = centered(gated(kernel=kernel))
+        assert [r["shifted"] for r in record] == [shifted]
+        assert ("silu.out.centered" in {n.name for n in made.graph.node}) is shifted
+
+
+def test_what_equalization_reaches_is_left_to_it() -> None:
+    for model in (nets.residual(), nets.chain()):
+        assert "relu.out" not in center.tensors(model)
+        assert not {"relu1.out", "relu2.out"} & set(center.tensors(model))
+
+
+def test_weights_and_biases_that_others_read_too_stay_as_they_are() -> None:
+    model = gated()
+    copy = helper.make_node("Identity", ["second.bias"], ["other"], name="other")
+    model.graph.node.append(copy)
+    assert "silu.out" not in center.tensors(model)
+    model = gated()
+    second = next(n for n in model.graph.node if n.name == "second")
+    second.input.pop()
+    assert "silu.out" not in center.tensors(model)
+
+
+def test_nothing_is_written_for_less_than_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(center, "LEAST", 1000.0)
+    made, record = centered(gated())
+    assert record == []
+    assert [n.name for n in made.graph.node] == [n.name for n in gated().graph.node]
+
+
+def test_the_twin_and_the_runner_agree_on_a_centered_graph() -> None:
+    made, _ = centered(gated(), 1e-3)
+    names = qdq.activation_tensors(made)
+    int8 = qdq.quantize_graph(made, calibrate(made, names, [IMAGES], threads=1))
+    import torch
+
+    with OrtRunner(int8, threads=1) as runner, torch.no_grad():
+        twin: NDArray[np.float32] = Twin(int8)(torch.from_numpy(IMAGES)).numpy()
+        np.testing.assert_allclose(twin, runner(IMAGES), atol=0.05 * np.abs(twin).max())
