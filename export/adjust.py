@@ -110,10 +110,7 @@ def adjust(
     """
     if len(images) < _LEAST:
         raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
-    if not 0 < design_ber < 1:
-        raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
-    if not 0 <= redundancy < np.inf:
-        raise DataError(f"a redundancy of {redundancy}", "give a share of the work, as 0.1")
+    check_design(design_ber, redundancy)
     stage = _Stage(
         int8,
         fp32,
@@ -128,6 +125,14 @@ def adjust(
         redundancy,
     )
     return stage.run()
+
+
+def check_design(design_ber: float, redundancy: float) -> None:
+    """Raises DataError for a bit error rate outside (0, 1), or a negative redundancy."""
+    if not 0 < design_ber < 1:
+        raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
+    if not 0 <= redundancy < np.inf:
+        raise DataError(f"a redundancy of {redundancy}", "give a share of the work, as 0.1")
 
 
 class _Stage:

@@ -27,7 +27,7 @@ from resq_deploy.bundle import (
 )
 from resq_deploy.console import Reporter
 from resq_deploy.export import describe, graph, halves, joint, qdq, rules, samples
-from resq_deploy.export.adjust import DESIGN_BER
+from resq_deploy.export.adjust import DESIGN_BER, check_design
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
@@ -106,6 +106,7 @@ def export_model(
     check_free(target, force=force)
     wanted = requests(targets, batch, sm, engine or EngineOptions())
     _check_request(attacks, eps)
+    check_design(design_ber, redundancy)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     attacks = tuple(dict.fromkeys((*map(white_box, attacks), *(f.attack for f in faulty))))
     loaded = load_model(

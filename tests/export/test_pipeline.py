@@ -234,6 +234,7 @@ def test_calibration_data_that_cannot_calibrate(
         ({"opset": 11}, ResqError, "opset 11"),
         ({"high_precision": "fp16", "opset": 18}, ResqError, "opset 18"),
         ({"adjust": True, "design_ber": 2.0}, DataError, "design BER"),
+        ({"redundancy": -0.1}, DataError, "redundancy"),
         ({"calib_samples": 0}, DataError, "cannot take 0"),
     ],
 )
@@ -245,6 +246,11 @@ def test_requests_that_cannot_be_met_leave_nothing(
     with pytest.raises(error, match=message):
         export_model(tmp_path / "m.pt", tmp_path / "out.resq", **{**FAST, **data, **options})
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_design_that_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="design BER"):
+        export_model(tmp_path / "missing.pt", tmp_path / "out.resq", design_ber=0.0)
 
 
 def test_an_output_that_exists_is_kept_unless_forced(home: Path, tmp_path: Path) -> None:
