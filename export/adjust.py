@@ -225,11 +225,11 @@ class _Stage:
         return Adjusted(best.model, best.fp32, best.ranges, record)
 
     def _equalized(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
-        found = [*tensors(groups(base.fp32)), *center.tensors(base.fp32)]
+        found = dict.fromkeys(tensors(groups(base.fp32)), 1) | center.tensors(base.fp32)
         moments = {name: Moments() for name in found}
-        for _, values in Probe(base.fp32, found, self.threads).run(self.learn[:_LOOKED_AT]):
-            for name in found:
-                moments[name].add(values[name])
+        for _, values in Probe(base.fp32, [*found], self.threads).run(self.learn[:_LOOKED_AT]):
+            for name, axis in found.items():
+                moments[name].add(np.moveaxis(values[name], axis, 1))
         same, gains = equalize(base.fp32, moments, self.ber)
         same, centered = center.center(same, moments, self.ber)
         where = qdq.activation_tensors(same)

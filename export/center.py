@@ -1,19 +1,21 @@
-"""Channels centred and scaled where nothing else can carry it: behind a SiLU, a gate, a bottleneck that is summed.
+"""Channels centred and scaled where no layer makes them alone: behind a SiLU, a GELU, a gate, a LayerNorm.
 
 Equalization hides a channel's factor in the layer that makes it (equalize.py). Where what makes a tensor is not
 homogeneous, the factor is written into the graph, and a shift with it,
 
     x'_i = (x_i - c_i) / r_i,     W'_oi = W_oi r_i,     b'_o = b_o + sum_i W_oi c_i
 
-one product and one sum for each element before Q, in the float epilogue of what made it (Wei et al., Outlier
-Suppression+, EMNLP 2023, 2304.09145). Symmetric INT8 spends half of its codes on a side where a SiLU has next to
-nothing; and a flipped weight moves its output by dw x', so that what all images share in x no longer counts. r and c
-minimize N (equalize.py) of the layers that read the tensor. A layer that pads with zeros gets no shift.
+one product and one sum for each element before Q, in the float epilogue of what made it; a LayerNorm has both already
+(Wei et al., Outlier Suppression+, EMNLP 2023, 2304.09145; Xiao et al., SmoothQuant, ICML 2023, 2211.10438). Symmetric
+INT8 spends half of its codes on a side where a SiLU has next to nothing; and a flipped weight moves its output by
+dw x', so that what all images share in x no longer counts. r and c minimize N (equalize.py) of the layers that read the
+tensor, flips included. A layer that pads with zeros, or has no bias, gets no shift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,45 @@ from resq_deploy.export.equalize import Moments, Reader, is_depthwise, is_simple
 
 LEAST = 1.0  # dB of expected noise that it must save: it costs two operations on a tensor
 
-Weights = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
+Readers = Mapping[str, list[tuple[onnx.NodeProto, int]]]
 
 
-def tensors(fp32: onnx.ModelProto) -> list[str]:
-    """The activations of an FP32 graph that could be centred and scaled: those whose statistics `center` needs."""
-    return list(_candidates(fp32))
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer that can absorb r and c: its weight, [O, C, ...] or `turned` [C, O], and its bias, if there is one."""
+
+    node: onnx.NodeProto
+    weight: str
+    bias: str
+    turned: bool
+
+    def weights(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """[O, C, ...]."""
+        return arrays[self.weight].T if self.turned else arrays[self.weight]
+
+    @property
+    def shifts(self) -> bool:
+        """Whether c can be absorbed: zeros beyond the edge of an input stand for x = 0."""
+        given = {a.name: helper.get_attribute_value(a) for a in self.node.attribute}
+        pads = any(given.get("pads", ())) or given.get("auto_pad", b"NOTSET") != b"NOTSET"
+        return bool(self.bias) and not pads
+
+    def absorb(self, arrays: Arrays, r: NDArray[np.float64], shift: NDArray[np.float64]) -> None:
+        """Read (x - shift) / r instead of x."""
+        values = self.weights(arrays).astype(np.float64)
+        if shift.any():
+            taps = values.reshape(*values.shape[:2], -1).sum(axis=2)
+            single = is_depthwise(self.node, values.shape)
+            moved = taps[:, 0] * shift if single else taps @ shift
+            arrays[self.bias] = (arrays[self.bias] + moved).astype(np.float32)
+        made = equalize.stretched(self.node, values, r)
+        arrays[self.weight] = np.ascontiguousarray(made.T) if self.turned else made
+
+
+def tensors(fp32: onnx.ModelProto) -> dict[str, int]:
+    """The activations of an FP32 graph that could be centred and scaled, and the axis of their channels."""
+    return {name: -1 if layers[0].turned else 1 for name, layers in _candidates(fp32).items()}
 
 
 def center(
@@ -39,83 +74,122 @@ def center(
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """The same function with centred and scaled activations where that saves noise at this BER; what each gained in dB.
 
-    `moments`: of every tensor in `tensors(fp32)`. Names of nodes stay; a tensor T becomes T.scaled or T.centered.
+    `moments`: of every tensor in `tensors(fp32)`. Names of nodes stay; a tensor T is read as T.scaled or T.centered,
+    or keeps its name where a LayerNorm makes it that nothing else reads: its own scale and bias then carry r and c.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(fp32)
     arrays = {t.name: numpy_helper.to_array(t) for t in copy.graph.initializer}
+    producers, readers = fold.producers(copy.graph), fold.consumers(copy.graph)
     before: dict[str, list[onnx.NodeProto]] = {}
     record = []
-    for name, nodes in _candidates(copy).items():
-        readers = [Reader.of(node, arrays[node.input[1]], moments[name]) for node in nodes]
-        channels = len(moments[name].high)
-        shifts = not any(_pads(node) for node in nodes)
+    for name, layers in _candidates(copy).items():
+        seen = [Reader.of(layer.node, layer.weights(arrays), moments[name]) for layer in layers]
         r, shift, gain = equalize.least_noise(
-            readers, channels, equalize.power_of_changes(ber), shifts=shifts
+            seen,
+            len(moments[name].high),
+            equalize.power_of_changes(ber),
+            shifts=all(layer.shifts for layer in layers),
         )
         if gain < LEAST:
             continue
-        source, made = name, []
-        shape = (1, -1) + (1,) * (arrays[nodes[0].input[1]].ndim - 2)
-        for op, verb, values in (("Mul", "scaled", 1 / r), ("Add", "centered", -shift / r)):
-            if not values.any():
-                continue
-            target = f"{name}.{verb}"
-            arrays[f"{target}.by"] = values.astype(np.float32).reshape(shape)
-            made.append(helper.make_node(op, [source, f"{target}.by"], [target], name=target))
-            source = target
-        before[nodes[0].name] = made
-        for node in nodes:
-            _absorb(node, arrays, r, shift)
-            node.input[0] = source
+        norm = _own_norm(producers.get(name), arrays, readers, len(layers))
+        if norm is not None:
+            for parameter, values in ((norm.input[1], 0.0), (norm.input[2], shift)):
+                arrays[parameter] = ((arrays[parameter] - values) / r).astype(np.float32)
+        else:
+            made = _written(name, arrays, r, shift, arrays[layers[0].weight].ndim, layers[0])
+            before[layers[0].node.name] = made
+            for layer in layers:
+                layer.node.input[0] = made[-1].output[0]
+        for layer in layers:
+            layer.absorb(arrays, r, shift)
         record.append({"tensor": name, "gain_db": round(gain, 2), "shifted": bool(shift.any())})
     order = [new for node in copy.graph.node for new in (*before.get(node.name, ()), node)]
     fold.replace(copy.graph.node, order)
-    tensors = (numpy_helper.from_array(value, name) for name, value in arrays.items())
-    fold.replace(copy.graph.initializer, tensors)
+    made_of = (numpy_helper.from_array(value, name) for name, value in arrays.items())
+    fold.replace(copy.graph.initializer, made_of)
     return copy, record
 
 
-def _candidates(fp32: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Tensor -> the INT8 layers that read it, where equalization cannot reach and all of them can absorb r and c."""
+def _written(
+    name: str,
+    arrays: Arrays,
+    r: NDArray[np.float64],
+    shift: NDArray[np.float64],
+    rank: int,
+    layer: _Layer,
+) -> list[onnx.NodeProto]:
+    """The nodes that divide a tensor by r and shift it."""
+    shape = (-1,) if layer.turned else (1, -1) + (1,) * (rank - 2)
+    nodes: list[onnx.NodeProto] = []
+    for op, verb, values in (("Mul", "scaled", 1 / r), ("Add", "centered", -shift / r)):
+        if values.any():
+            target = f"{name}.{verb}"
+            source = nodes[-1].output[0] if nodes else name
+            arrays[f"{target}.by"] = values.astype(np.float32).reshape(shape)
+            nodes.append(helper.make_node(op, [source, f"{target}.by"], [target], name=target))
+    return nodes
+
+
+def _own_norm(
+    node: onnx.NodeProto | None, arrays: Arrays, readers: Readers, layers: int
+) -> onnx.NodeProto | None:
+    """The LayerNorm over the last axis that makes a tensor for these layers alone, with parameters of its own."""
+    if node is None or node.op_type != "LayerNormalization" or len(node.input) < 3:
+        return None
+    last = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    vectors = all(n in arrays and len(readers[n]) == 1 for n in node.input[1:3])
+    alone = len(readers[node.output[0]]) == layers
+    fits = last == -1 or (vectors and arrays[node.input[1]].ndim == 1)
+    return node if vectors and alone and fits else None
+
+
+def _candidates(fp32: onnx.ModelProto) -> dict[str, list[_Layer]]:
+    """Tensor -> the INT8 layers that read it, where equalization cannot reach and all of them can absorb r."""
     tied = set().union(*(group.tensors for group in equalize.groups(fp32)))
     nodes = {node.name: node for node in fp32.graph.node}
     arrays, readers = fold.initializers(fp32.graph), fold.consumers(fp32.graph)
-    found: dict[str, list[onnx.NodeProto]] = {}
+    found: dict[str, list[_Layer | None]] = {}
     for weight in rules.plan(fp32).weights:
         node = nodes[weight.node]
-        found.setdefault(node.input[0], []).append(node)
+        found.setdefault(node.input[0], []).append(_layer(node, arrays, readers))
+    whole = {name: [v for v in layers if v is not None] for name, layers in found.items()}
     return {
         name: layers
-        for name, layers in found.items()
-        if name not in tied and all(_absorbs(node, arrays, readers) for node in layers)
+        for name, layers in whole.items()
+        if name not in tied
+        and len(layers) == len(found[name])
+        and len({layer.turned for layer in layers}) == 1
     }
 
 
-def _absorbs(
-    node: onnx.NodeProto,
-    arrays: Mapping[str, onnx.TensorProto],
-    readers: Mapping[str, list[tuple[onnx.NodeProto, int]]],
-) -> bool:
-    """Whether a layer is a Conv or Gemm that equalization understands, with a weight and a bias of its own."""
-    if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or not node.input[2]:
-        return False
-    own = all(name in arrays and len(readers[name]) == 1 for name in node.input[1:3])
-    return own and is_simple(node, arrays[node.input[1]])
+def _layer(
+    node: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto], readers: Readers
+) -> _Layer | None:
+    """A Conv, Gemm or MatMul as one that absorbs, if nothing else reads its weight, and nothing else its bias."""
+
+    def own(name: str) -> bool:
+        return name in arrays and len(readers[name]) == 1
+
+    weight = node.input[1]
+    if not own(weight):
+        return None
+    if node.op_type == "MatMul":
+        fits = len(arrays[weight].dims) == 2
+        return _Layer(node, weight, _addend(node, arrays, readers), True) if fits else None
+    if node.op_type not in ("Conv", "Gemm") or not is_simple(node, arrays[weight]):
+        return None
+    bias = node.input[2] if len(node.input) > 2 else ""
+    return _Layer(node, weight, bias if own(bias) else "", False) if own(bias) or not bias else None
 
 
-def _pads(node: onnx.NodeProto) -> bool:
-    """Whether a layer may read zeros beyond the edge of its input, which stand for x = 0."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return any(given.get("pads", ())) or given.get("auto_pad", b"NOTSET") != b"NOTSET"
-
-
-def _absorb(
-    node: onnx.NodeProto, arrays: Weights, r: NDArray[np.float64], shift: NDArray[np.float64]
-) -> None:
-    weight, bias = node.input[1:3]
-    values = arrays[weight].astype(np.float64)
-    taps = values.reshape(*values.shape[:2], -1).sum(axis=2)
-    moved = taps[:, 0] * shift if is_depthwise(node, values.shape) else taps @ shift
-    arrays[bias] = (arrays[bias] + moved).astype(np.float32)
-    arrays[weight] = equalize.stretched(node, values, r)
+def _addend(node: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto], readers: Readers) -> str:
+    """The bias that an Add behind a MatMul adds, which nothing else reads; empty if there is none."""
+    after = readers.get(node.output[0], [])
+    if len(after) != 1 or after[0][0].op_type != "Add":
+        return ""
+    add, position = after[0]
+    other: str = add.input[1 - position]
+    fits = other in arrays and tuple(arrays[other].dims) == (arrays[node.input[1]].dims[1],)
+    return other if fits and len(readers[other]) == 1 else ""

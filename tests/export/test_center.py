@@ -37,12 +37,40 @@ def gated(*, kernel: int = 1, group: int = 1) -> onnx.ModelProto:
     return b.model()
 
 
+def transformed(*, norms_readers: int = 1) -> onnx.ModelProto:
+    """conv - tokens - LayerNorm - `up` - x sigmoid(x) - `down` - mean - fc; matrix products with an Add behind them."""
+    b = nets.Builder(3)
+
+    def parameter(name: str, value: NDArray[np.float64]) -> str:
+        b.tensors.append(numpy_helper.from_array(value.astype(np.float32), name))
+        return name
+
+    def linear(name: str, source: str, inputs: int, outputs: int) -> str:
+        weight = parameter(f"{name}.weight", b.rng.standard_normal((inputs, outputs)) / inputs**0.5)
+        product = b.op("MatMul", name, source, weight)
+        return b.op("Add", f"{name}.add", product, parameter(f"{name}.bias", b.rng.random(outputs)))
+
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [0, 16, -1])
+    b.tensors.append(shape)
+    x = b.op("Reshape", "flat", b.conv("stem", "input", (16, 1, 3, 3)), "shape")
+    x = b.op("Transpose", "tokens", x, perm=[0, 2, 1])
+    scale = parameter("norm.weight", np.geomspace(0.1, 6, 16))
+    x = b.op("LayerNormalization", "norm", x, scale, parameter("norm.bias", b.rng.random(16) * 4))
+    y = linear("up", x, 16, 32)
+    for extra in range(1, norms_readers):
+        y = b.op("Add", f"more{extra}", y, b.op("ReduceMean", f"m{extra}", x, axes=[2]))
+    y = b.op("Mul", "silu", y, b.op("Sigmoid", "sigmoid", y))
+    y = b.op("ReduceMean", "mean", linear("down", y, 32, 16), axes=[1], keepdims=0)
+    b.gemm("fc", y, 16, nets.CLASSES)
+    return b.model()
+
+
 def moments(model: onnx.ModelProto) -> dict[str, Moments]:
-    names = center.tensors(model)
-    found = {name: Moments() for name in names}
-    for _, values in Probe(model, names, 1).run(IMAGES):
-        for name in names:
-            found[name].add(values[name])
+    axes = center.tensors(model)
+    found = {name: Moments() for name in axes}
+    for _, values in Probe(model, [*axes], 1).run(IMAGES):
+        for name, axis in axes.items():
+            found[name].add(np.moveaxis(values[name], axis, 1))
     return found
 
 
@@ -70,6 +98,36 @@ def test_the_function_stays(kernel: int, group: int) -> None:
     assert [r["tensor"] for r in record] == ["silu.out"]
     old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
     np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_norm_carries_it_for_nothing_where_it_is_the_layers_own(
+    readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(center, "LEAST", 0.1)
+    model = transformed(norms_readers=readers)
+    made, record = centered(model)
+    graph.check(made)
+    assert {r["tensor"] for r in record} >= {"norm.out", "silu.out"}
+    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+    nodes = {n.name for n in made.graph.node}
+    assert {"silu.out.scaled", "silu.out.centered"} <= nodes
+    assert ("norm.out.scaled" in nodes) is (readers > 1)
+    changed = not np.array_equal(
+        nets.arrays(made)["norm.weight"], nets.arrays(model)["norm.weight"]
+    )
+    assert changed is (readers == 1)
+    tensor = "norm.out" if readers == 1 else "norm.out.centered"
+    assert error(made, tensor) < 0.8 * error(model, "norm.out")
+
+
+def test_a_product_without_a_bias_is_scaled_but_not_shifted() -> None:
+    model = transformed()
+    up = next(n for n in model.graph.node if n.name == "up.add")
+    up.op_type = "Sub"  # x - b is no bias that this could add to
+    _, record = centered(model)
+    assert {r["tensor"]: r["shifted"] for r in record}["norm.out"] is False
 
 
 def test_rounding_costs_less() -> None:
@@ -100,7 +158,9 @@ def test_weights_and_biases_that_others_read_too_stay_as_they_are() -> None:
     model = gated()
     second = next(n for n in model.graph.node if n.name == "second")
     second.input.pop()
-    assert "silu.out" not in center.tensors(model)
+    made, record = centered(model)
+    graph.check(made)
+    assert [r["shifted"] for r in record if r["tensor"] == "silu.out"] == [False]
 
 
 def test_nothing_is_written_for_less_than_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
