@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timed_export runs as a script
+
 import export_peers as peers
 import numpy as np
 import onnx
