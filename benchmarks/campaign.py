@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import campaign_peers as peers
 from campaign_peers import THREADS, Images, Side
+from peak import peak_bytes
 
 from resq_deploy.fault_models import parse, trial_rng
 from resq_deploy.runtime.ort import OrtRunner
@@ -191,12 +192,6 @@ def shared(int8: Path, images: Images, rounds: int) -> dict[str, float]:
             found[key] = sharing(small, own[:count], max(64, 4096 // count), rounds)
     found["seu_shared_vs_single_resnet18"] = sharing(int8, images, 16, max(1, rounds // 2))
     return {"seu_shared_vs_single": found["seu_shared_vs_single_resnet8_16"], **found}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this program; ru_maxrss would still know the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def long_campaign(count: int, file: str) -> None:

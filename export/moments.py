@@ -112,8 +112,8 @@ def second_moments(
                 rows = patches(layer, x, wanted, generator)
                 sums[k] += rows.transpose(1, 2) @ rows
                 counts[k] += rows.shape[1]
-        for k, layer in enumerate(part):
-            yield layer, sums[k] / max(counts[k], 1)
+        for layer, count in zip(part, counts, strict=True):
+            yield layer, sums.pop(0).div_(max(count, 1))
 
 
 def _passes(found: Sequence[Layer]) -> Iterator[list[Layer]]:

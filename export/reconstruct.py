@@ -102,9 +102,10 @@ def _channels(
 
 
 def _damped(moments: Tensor) -> Tensor:
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(moments.shape[-1], dtype=moments.dtype)
-    return moments + _DAMPING * mean[:, None, None] * eye
+    damped = moments.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal += _DAMPING * diagonal.mean(1, keepdim=True).clamp_min(1e-12)
+    return damped
 
 
 def descend(weights: Tensor, moments: Tensor, scales: Tensor, sweeps: int) -> Tensor:
