@@ -14,7 +14,7 @@ tensor, flips included. A layer that pads with zeros, or has no bias, gets no sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,12 +93,12 @@ def center(
         )
         if gain < LEAST:
             continue
-        norm = _own_norm(producers.get(name), arrays, readers, len(layers))
+        norm = _own_norm(producers.get(name), arrays, readers, layers)
         if norm is not None:
             for parameter, values in ((norm.input[1], 0.0), (norm.input[2], shift)):
                 arrays[parameter] = ((arrays[parameter] - values) / r).astype(np.float32)
         else:
-            made = _written(name, arrays, r, shift, arrays[layers[0].weight].ndim, layers[0])
+            made = _written(name, layers[0], arrays, r, shift)
             before[layers[0].node.name] = made
             for layer in layers:
                 layer.node.input[0] = made[-1].output[0]
@@ -114,14 +114,13 @@ def center(
 
 def _written(
     name: str,
+    layer: _Layer,
     arrays: Arrays,
     r: NDArray[np.float64],
     shift: NDArray[np.float64],
-    rank: int,
-    layer: _Layer,
 ) -> list[onnx.NodeProto]:
-    """The nodes that divide a tensor by r and shift it."""
-    shape = (-1,) if layer.turned else (1, -1) + (1,) * (rank - 2)
+    """The nodes that divide a tensor by r and shift it, for a layer that reads it."""
+    shape = (-1,) if layer.turned else (1, -1) + (1,) * (arrays[layer.weight].ndim - 2)
     nodes: list[onnx.NodeProto] = []
     for op, verb, values in (("Mul", "scaled", 1 / r), ("Add", "centered", -shift / r)):
         if values.any():
@@ -133,14 +132,16 @@ def _written(
 
 
 def _own_norm(
-    node: onnx.NodeProto | None, arrays: Arrays, readers: Readers, layers: int
+    node: onnx.NodeProto | None, arrays: Arrays, readers: Readers, layers: Sequence[_Layer]
 ) -> onnx.NodeProto | None:
-    """The LayerNorm over the last axis that makes a tensor for these layers alone, with parameters of its own."""
+    """The LayerNorm over the channels that makes a tensor for these layers alone, with parameters of its own."""
     if node is None or node.op_type != "LayerNormalization" or len(node.input) < 3:
+        return None
+    if layers[0].node.op_type == "Conv":  # its channels are not the last axis
         return None
     last = next((a.i for a in node.attribute if a.name == "axis"), -1)
     vectors = all(n in arrays and len(readers[n]) == 1 for n in node.input[1:3])
-    alone = len(readers[node.output[0]]) == layers
+    alone = len(readers[node.output[0]]) == len(layers)
     fits = last == -1 or (vectors and arrays[node.input[1]].ndim == 1)
     return node if vectors and alone and fits else None
 

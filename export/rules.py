@@ -268,6 +268,8 @@ class _Planner:
             return self.thin[node.name]
         if node.op_type in _PREPROCESSING and self._is_first(node):
             return "pixels are normalized in float"
+        if node.op_type in ("Mul", "Add") and any(name in self.arrays for name in node.input):
+            return "a constant factor or addend runs in the float epilogue of the layer before it"
         return _REASONS.get(node.op_type, "an elementwise operation between float tensors")
 
     @property

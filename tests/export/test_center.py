@@ -122,6 +122,27 @@ def test_a_norm_carries_it_for_nothing_where_it_is_the_layers_own(
     assert error(made, tensor) < 0.8 * error(model, "norm.out")
 
 
+def test_a_norm_over_columns_does_not_carry_the_channels_of_a_convolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many columns as channels: the shapes alone would let it pass."""
+    monkeypatch.setattr(center, "LEAST", -1.0)
+    b = nets.Builder(4)
+    x = b.conv("stem", "input", (nets.SIDE, 1, 3, 3))
+    for name in ("norm.weight", "norm.bias"):
+        values = np.geomspace(0.1, 3, nets.SIDE).astype(np.float32)
+        b.tensors.append(numpy_helper.from_array(values, name))
+    x = b.op("LayerNormalization", "norm", x, "norm.weight", "norm.bias", axis=-1)
+    y = b.conv("second", x, (nets.CLASSES, nets.SIDE, 1, 1))
+    b.op("Flatten", "flatten", b.op("GlobalAveragePool", "mean", y))
+    b.nodes[-1].output[0] = "logits"
+    model = b.model()
+    assert center.tensors(model)["norm.out"] == 1
+    made, _ = centered(model)
+    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+
+
 def test_a_product_without_a_bias_is_scaled_but_not_shifted() -> None:
     model = transformed()
     up = next(n for n in model.graph.node if n.name == "up.add")
