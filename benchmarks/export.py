@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export_material import SPEED_BATCH, Images, Material, Setup, material, ours
-from export_page import page
+from export_page import page, spread
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
 BERS = (1e-3, 3e-3, 1e-2)
@@ -86,14 +87,22 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
     if path.is_file() and not fresh:
         before = json.loads(path.read_text())
         if before["setup"] == key:
-            print(f"{arch}: measured {before['date']}, kept in {path}")
-            show(arch, before["figures"])
             figures: dict[str, Any] = before["figures"]
+            print(f"{arch}: measured {figures['measured']}, kept in {path}")
+            show(arch, figures)
             return figures
-    figures = measure(arch, checkpoint(arch, folder, setup), setup)
-    date = time.strftime("%Y-%m-%d")
-    path.write_text(json.dumps({"setup": key, "date": date, "figures": figures}, indent=1))
+    measured = f"{time.strftime('%Y-%m-%d')} with {commit()}"
+    figures = {"measured": measured} | measure(arch, checkpoint(arch, folder, setup), setup)
+    path.write_text(json.dumps({"setup": key, "figures": figures}, indent=1))
     return figures
+
+
+def commit() -> str:
+    """The commit that is measured, "+" if files were changed since."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no commit"
 
 
 def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
@@ -158,6 +167,7 @@ def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
         "nncf": scores["nncf"],
         "int8_at_ber": {f"{b:g}": [flips["plain", b][0], flips[chosen, b][0]] for b in BERS},
         "flips": [[name, ber, *value] for (name, ber), value in flips.items()],
+        "gains": gains(trials),
         "recovered": recovered(trials, accuracy(exact[: setup.faulty], m.labels[: setup.faulty])),
         **attacks(m, {"fp32": m.fp32, "plain": plain, "int8": first}, setup),
         "tensorrt_rtx": builds(first),
@@ -207,16 +217,23 @@ def under_flips(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -
     return found
 
 
+def gains(trials: Trials) -> list[list[Any]]:
+    """[graph, BER, mean, low, high]: accuracy above that of plain INT8, trial by trial, 95%."""
+    return [
+        [name, ber, *interval(np.subtract(shares, trials["plain", ber]).tolist())]
+        for (name, ber), shares in trials.items()
+        if name != "plain"
+    ]
+
+
 def recovered(trials: Trials, fp32: float) -> list[list[Any]]:
     """[graph, BER, share, low, high]: of what plain INT8 loses, what a graph takes back; trial by trial, 95%."""
-    found = []
-    for (name, ber), shares in trials.items():
-        plain = trials["plain", ber]
-        lost = fp32 - float(np.mean(plain))
-        if name != "plain" and lost > 0:
-            gains = [after - before for after, before in zip(shares, plain, strict=True)]
-            found.append([name, ber, *(round(v / lost, 3) for v in interval(gains))])
-    return found
+    lost = {ber: fp32 - float(np.mean(trials["plain", ber])) for _, ber in trials}
+    return [
+        [name, ber, *(round(v / lost[ber], 3) for v in gained)]
+        for name, ber, *gained in gains(trials)
+        if lost[ber] > 0
+    ]
 
 
 def interval(shares: Sequence[float]) -> tuple[float, float, float]:
@@ -277,8 +294,10 @@ def show(arch: str, f: dict[str, Any]) -> None:
             if other == name
         ]
         print(f"  BER, {name:23s}{'   '.join(cells)}")
-    for name, ber, share, low, high in f["recovered"]:
-        print(f"  {name} at {ber:g}: {share:.0%} [{low:.0%}, {high:.0%}] of the loss recovered")
+    for name, ber, *gained in f["gains"]:
+        print(f"  {name} at {ber:g}: {spread(gained, 2)} points over plain")
+    for name, ber, *share in f["recovered"]:
+        print(f"  {name} at {ber:g}: {spread(share, 0)}% of the loss recovered")
     print(f"  (FP32 on these images: {100 * f['fp32_of_flipped']:.2f})")
     print(flush=True)
 
