@@ -7,6 +7,7 @@
 Sides, taken in turns, medians compared:
   ours        OrtRunner on the deployed file (TensorRT's Q/DQ rules), and on quantize_static's file
   ort s8      quantize_static (S8 activations, S8 weights, QDQ, per channel) in stock ONNX Runtime
+  products    the network's multiply-accumulates alone, as one integer matrix product in ONNX Runtime
   openvino    the same INT8 files, the fastest of one or two streams and of three batches
   ber         each bit flipped with probability 1e-4, 256 images a trial
   seu         one bit a trial, suffix runs in blocks; against full INT8 runs without any injection cost
@@ -71,10 +72,11 @@ def float_graph(name: str, images: Images) -> onnx.ModelProto:
     return to_onnx(wrapped, (3, 32, 32), name=name)
 
 
-def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images, tuple[Any, Images]]:
-    """The deployed file, quantize_static's, the images to run, and the torch network with what it is fed."""
-    fp32 = folder / "fp32.onnx"
-    int8, s8 = folder / "int8.onnx", folder / "s8.onnx"
+def files(
+    folder: Path, bundle: str | None
+) -> tuple[tuple[Path, Path, Path], Images, tuple[Any, Images]]:
+    """The FP32 file, the deployed one, quantize_static's; the images to run; the torch network with what it is fed."""
+    fp32, int8, s8 = (folder / f"{name}.onnx" for name in ("fp32", "int8", "s8"))
     if bundle:
         from resq_deploy.bundle import Bundle
 
@@ -90,11 +92,11 @@ def files(folder: Path, bundle: str | None) -> tuple[Path, Path, Images, tuple[A
         onnx.save(deployed(graph, images[:64]), int8)
     peers.stock_s8(fp32, s8, images)
     images = np.ascontiguousarray(images)
-    return int8, s8, images, (net, np.ascontiguousarray(batch, np.float32))
+    return (fp32, int8, s8), images, (net, np.ascontiguousarray(batch, np.float32))
 
 
 def golden_rates(
-    int8: Path, s8: Path, images: Images, rounds: int
+    fp32: Path, int8: Path, s8: Path, images: Images, rounds: int
 ) -> tuple[dict[str, float], OrtRunner]:
     """Golden throughput of all sides on both files."""
     ours = OrtRunner(onnx.load(int8), threads=THREADS)
@@ -102,6 +104,7 @@ def golden_rates(
     sides: dict[str, Side] = {
         "ours, deployed file": lambda: len(ours(images)),
         "ours, quantize_static file": lambda: len(ours_s8(images)),
+        "integer products alone": peers.products(fp32),
     }
     for label, path in (("deployed", int8), ("quantize_static", s8)):
         for who, make in (("ort", peers.stock_ort), ("openvino", peers.openvino)):
@@ -238,6 +241,8 @@ def report(
         "golden_images_per_s": mine,
         "golden_vs_ort_s8": mine / rates["ort, quantize_static file"],
         "golden_vs_ort_same_file": mine / rates["ort, deployed file"],
+        "golden_vs_products": mine / rates["integer products alone"],
+        "products_vs_ort_s8": rates["integer products alone"] / rates["ort, quantize_static file"],
         "golden_vs_openvino": mine / rates["openvino, deployed file"],
         "s8_file_vs_openvino": rates["ours, quantize_static file"]
         / rates["openvino, quantize_static file"],
@@ -264,10 +269,10 @@ def main() -> None:
     if args.child:
         return long_campaign(int(args.child[0]), args.child[1])
     with tempfile.TemporaryDirectory() as folder:
-        int8, s8, images, (net, batch) = files(Path(folder), args.bundle)
-        rates, runner = golden_rates(int8, s8, images, args.rounds)
+        graphs, images, (net, batch) = files(Path(folder), args.bundle)
+        rates, runner = golden_rates(*graphs, images, args.rounds)
         cost, engine = faulty_rates(runner, images, args.seu, args.ber)
-        gains = shared(int8, images, args.rounds) if args.shared else {}
+        gains = shared(graphs[1], images, args.rounds) if args.shared else {}
     name, seconds = peers.pytorchfi(net, batch, args.pytorchfi)
     ratios = report(rates, {**cost, f"torch, {name}": seconds}, seconds)
     print(f"suffix runs: {engine.info['bytes'] / 2**20:.0f} MiB of golden tensors, {engine.work}")

@@ -91,6 +91,44 @@ def openvino(path: Path, images: Images) -> dict[str, Side]:
     return sides
 
 
+def products(fp32: Path) -> Side:
+    """No network at all: as many u8 x s8 products and sums as its layers need, in one large MatMulInteger.
+
+    What ONNX Runtime's integer kernel gives where nothing has to be gathered, rounded or written back.
+    """
+    from resq_deploy.export import fold, rules
+    from resq_deploy.export.work import multiplications
+
+    model, size = onnx.load(fp32), 1024
+    shapes, arrays = fold.shapes(model), fold.initializers(model.graph)
+    layers = (n for n in model.graph.node if n.op_type in rules.WEIGHTED and n.input[1] in arrays)
+    images = 8
+    work = images * sum(multiplications(n, arrays[n.input[1]], shapes) for n in layers)
+    rows = round(work / size**2)
+    rng = np.random.default_rng(0)
+    weights = numpy_helper.from_array(rng.integers(-127, 128, (size, size)).astype(np.int8), "b")
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulInteger", ["a", "b"], ["c"])], "products",
+        [info("a", onnx.TensorProto.UINT8, [rows, size])],
+        [info("c", onnx.TensorProto.INT32, [rows, size])], [weights],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    built = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = ort.InferenceSession(
+        built.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    left = rng.integers(0, 256, (rows, size)).astype(np.uint8)
+
+    def side() -> int:
+        session.run(None, {"a": left})
+        return images
+
+    return side
+
+
 def _queue(queue: Any, part: Images, streams: int) -> Side:
     def side() -> int:
         for _ in range(streams):
