@@ -80,6 +80,7 @@ def ours(m: Material, setup: Setup, ber: float | None) -> onnx.ModelProto:
     from resq_deploy.export import qdq
     from resq_deploy.export.adjust import adjust
     from resq_deploy.export.calibrate import calibrate
+    from resq_deploy.export.design import Design
 
     ranges = calibrate(
         m.fp32, qdq.activation_tensors(m.fp32), (m.calibration,), threads=setup.threads
@@ -89,7 +90,7 @@ def ours(m: Material, setup: Setup, ber: float | None) -> onnx.ModelProto:
         return plain
     say = Reporter(quiet=False)
     made = adjust(
-        plain, m.fp32, m.calibration, ranges=ranges, design_ber=ber, seed=setup.seed,
+        plain, m.fp32, m.calibration, ranges=ranges, design=Design(ber), seed=setup.seed,
         threads=setup.threads, reporter=say,
     )  # fmt: skip
     return made.model

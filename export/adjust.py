@@ -27,12 +27,13 @@ from resq_deploy.errors import DataError
 from resq_deploy.export import center, fold, qdq, rules
 from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
+from resq_deploy.export.design import Design
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.guard import Guard, Scores, gains, objections, worthwhile
 from resq_deploy.export.reconstruct import reconstruct
-from resq_deploy.export.split import BUDGET, split
+from resq_deploy.export.split import split
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
@@ -40,7 +41,6 @@ from resq_deploy.metrics import top1
 
 Images = NDArray[np.float32]
 
-DESIGN_BER = 1e-3
 EPS = 8 / 255
 _LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
@@ -49,7 +49,7 @@ _LOOKED_AT = 256  # images that the statistics of layers' inputs come from
 _TRIALS = 30  # of flips that a graph is measured in, shared among the bit error rates
 _PRICED_ON = 64  # images that say which layers' flips hurt
 _WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
-_STEPS = (40, 480)
+_STEPS = (100, 480)  # the fewest of use, and the most
 _TAUGHT_BER = (
     1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
 )
@@ -91,48 +91,37 @@ def adjust(
     images: Images,
     *,
     ranges: Mapping[str, Range],
-    design_ber: float = DESIGN_BER,
+    design: Design | None = None,
     eps: float = EPS,
-    redundancy: float = BUDGET,
     half_scales: bool = False,
     seed: int = 0,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Adjusted:
-    """Adjust a plain INT8 graph to bit flips at `design_ber` and attacks of `eps` (L-inf, pixels in [0, 1]).
+    """Adjust a plain INT8 graph to bit flips as in `design` and attacks of `eps` (L-inf, pixels in [0, 1]).
 
     `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; half of them (512 at most) are
-    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `redundancy`: the share of the
-    network's work that channel splitting may add, 0 for none; `half_scales`: as in quantize_graph. The result has the
-    same nodes and names, but for the copies of inputs that split layers read; other codes, scales and biases.
+    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
+    quantize_graph. The result has the same nodes and names, but for the copies of inputs that split layers read, and
+    what centres activations; other codes, scales and biases.
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
-    Raises DataError for fewer than 16 images, a BER outside (0, 1), or a negative redundancy.
+    Raises DataError for fewer than 16 images.
     """
     if len(images) < _LEAST:
         raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
-    check_design(design_ber, redundancy)
     stage = _Stage(
         int8,
         fp32,
         images,
         ranges,
-        design_ber,
+        design or Design(),
         eps,
         half_scales,
         seed,
         threads,
         reporter,
-        redundancy,
     )
     return stage.run()
-
-
-def check_design(design_ber: float, redundancy: float) -> None:
-    """Raises DataError for a bit error rate outside (0, 1), or a negative redundancy."""
-    if not 0 < design_ber < 1:
-        raise DataError(f"a design BER of {design_ber}", "give a rate between 0 and 1, as 1e-3")
-    if not 0 <= redundancy < np.inf:
-        raise DataError(f"a redundancy of {redundancy}", "give a share of the work, as 0.1")
 
 
 class _Stage:
@@ -142,16 +131,16 @@ class _Stage:
         fp32: onnx.ModelProto,
         images: Images,
         ranges: Mapping[str, Range],
-        ber: float,
+        design: Design,
         eps: float,
         half_scales: bool,
         seed: int,
         threads: int | None,
         reporter: Reporter | None,
-        redundancy: float,
     ) -> None:
         self.int8, self.fp32, self.ranges = int8, fp32, ranges
-        self.ber, self.seed, self.threads = ber, seed, threads
+        self.design, self.ber = design, design.ber
+        self.seed, self.threads = seed, threads
         self.say = reporter or Reporter()
         self.teacher = Twin(fp32)
         order = np.random.default_rng(seed).permutation(len(images))
@@ -159,7 +148,9 @@ class _Stage:
         self.learn, held_out = images[order[kept:]], images[order[:kept]]
         self.work = work_per_image(fp32)
         self.heavy = self.work > _HEAVY
-        bers = tuple(sorted({ber, *(max(ber, min(k * ber, _TAUGHT_BER)) for k in (3, 10))}))
+        bers = tuple(
+            sorted({self.ber, *(max(self.ber, min(k * self.ber, _TAUGHT_BER)) for k in (3, 10))})
+        )
         self.guard = Guard(
             held_out,
             logits_of(fp32, held_out, threads),
@@ -171,7 +162,7 @@ class _Stage:
             threads=threads,
             part=_PART if self.heavy else 128,
         )
-        self.eps, self.half_scales, self.redundancy = eps, half_scales, redundancy
+        self.eps, self.half_scales = eps, half_scales
         self._adversarial: Images | None = None
 
     def run(self) -> Adjusted:
@@ -242,7 +233,7 @@ class _Stage:
 
     def _split(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
         cost = flip_divergence(base.model, self.learn[:_PRICED_ON], self.ber, seed=self.seed)
-        done = split(base.fp32, cost, self.redundancy)
+        done = split(base.fp32, cost, self.design.redundancy)
         nats = {name: float(f"{value:.3g}") for name, value in cost.items()}
         told = {"copies": dict(done.copies), "work": round(done.work, 4), "divergence": nats}
         if not done.copies:
@@ -267,13 +258,17 @@ class _Stage:
         return self._scored(name, model, base.fp32, base.ranges), {"scales": factors}
 
     def _distilled(self, base: Candidate) -> tuple[Candidate, dict[str, Any]]:
-        low, high = _STEPS
+        fewest, most = _STEPS
         taught = max(self.ber, _TAUGHT_BER)
         recipe = Recipe(
             ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER, part=_PART if self.heavy else 64
         )
-        fitting = int(_WORK / (self.work * recipe.batch * _PASSES))
-        recipe = replace(recipe, steps=min(max(fitting, low), high))
+        each = self.work * recipe.batch * _PASSES / _WORK
+        recipe = replace(recipe, steps=min(int(self.design.effort / each), most))
+        if recipe.steps < fewest:
+            why = f"{recipe.steps} steps fit into its budget, {fewest} are the fewest that teach"
+            self.say.log(f"distillation is left out: {why} (effort {fewest * each:.2g})")
+            return base, {"steps": 0}
         images = np.concatenate([self.learn, self._attacked()])
         model, recipe = distill(
             base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say

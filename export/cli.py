@@ -135,6 +135,13 @@ class _Recorded(click.Command):
     show_default=True,
     help="Share of the network's work that stage III may add by splitting; 0: none.",
 )
+@click.option(
+    "--effort",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Of stage III's learning; 1: some minutes on two cores, 0: none.",
+)
 @click.option("--opset", type=int, help="17 to 21; default 20.")
 @click.option("--trust-pickle", is_flag=True, help="Unpickle MODEL: runs the code in it.")
 @click.option(

@@ -27,16 +27,15 @@ from resq_deploy.bundle import (
 )
 from resq_deploy.console import Reporter
 from resq_deploy.export import describe, graph, halves, joint, qdq, rules, samples
-from resq_deploy.export.adjust import DESIGN_BER, check_design
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
+from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
 from resq_deploy.export.engine import add_requested
 from resq_deploy.export.engine_options import EngineOptions, requests
 from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.samples import Drawn, Source
-from resq_deploy.export.split import BUDGET
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
 
@@ -72,7 +71,8 @@ def export_model(
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool = True,
-    redundancy: float = BUDGET,
+    redundancy: float = REDUNDANCY,
+    effort: float = EFFORT,
     opset: int | None = None,
     trust_pickle: bool = False,
     attacks: Sequence[str] = ("fgsm", "pgd"),
@@ -93,7 +93,7 @@ def export_model(
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
-    to bit flips at `design_ber`, for which splitting may add a share of `redundancy` of the network's work.
+    to bit flips at `design_ber`, with a `redundancy` and an `effort` as in design.py.
     `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
     `attack_samples` of the held-out sample. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
     inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
@@ -106,7 +106,7 @@ def export_model(
     check_free(target, force=force)
     wanted = requests(targets, batch, sm, engine or EngineOptions())
     _check_request(attacks, eps)
-    check_design(design_ber, redundancy)
+    design = Design(design_ber, redundancy, effort)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     attacks = tuple(dict.fromkeys((*map(white_box, attacks), *(f.attack for f in faulty))))
     loaded = load_model(
@@ -128,9 +128,7 @@ def export_model(
         loaded,
         drawn,
         high_precision,
-        adjust,
-        design_ber,
-        redundancy,
+        design if adjust else None,
         parse_eps(eps),
         seed,
         say,
@@ -186,14 +184,12 @@ def _quantized(
     loaded: LoadedModel,
     drawn: Drawn,
     high_precision: HighPrecision,
-    adjust: bool,
-    design_ber: float,
-    redundancy: float,
+    design: Design | None,
     eps: float,
     seed: int,
     reporter: Reporter,
 ) -> _Quantized:
-    """Calibrate, place Q/DQ, adjust, and turn what stays float into the type asked for."""
+    """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
     half = high_precision == "fp16"
     plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)
@@ -203,14 +199,13 @@ def _quantized(
     )
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
     source, record = fp32, Adjustment(applied=False)
-    if adjust:
+    if design is not None:
         found = stage3(
             int8,
             fp32,
             images.images,
             ranges=ranges,
-            design_ber=design_ber,
-            redundancy=redundancy,
+            design=design,
             eps=eps,
             half_scales=half,
             seed=seed,

@@ -19,9 +19,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from resq_deploy.export import fold, rules
+from resq_deploy.export.design import REDUNDANCY
 from resq_deploy.export.work import ELEMENT, elements, multiplications, work_per_image
 
-BUDGET = 0.1  # of the network's work, that all splitting together may add
 MOST = 16  # copies
 _WORTH = 0.01  # of the divergence of all layers, that doubling the copies of one must save
 
@@ -39,7 +39,9 @@ class Split:
     work: float
 
 
-def split(fp32: onnx.ModelProto, divergence: Mapping[str, float], budget: float = BUDGET) -> Split:
+def split(
+    fp32: onnx.ModelProto, divergence: Mapping[str, float], budget: float = REDUNDANCY
+) -> Split:
     """Split the layers of an FP32 graph where that saves most divergence (by weight, nats) for the work it adds.
 
     `budget`: the share of the network's work that may be added, 0 or more. Layers are Conv of one group, Gemm and

@@ -17,6 +17,7 @@ from resq_deploy.export import adjust as stage
 from resq_deploy.export import graph, qdq
 from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
+from resq_deploy.export.design import Design
 from resq_deploy.export.distill import Recipe, distill, draw
 from resq_deploy.export.guard import Guard, Scores, gains, objections, value, worthwhile
 from resq_deploy.export.twin import Twin
@@ -49,7 +50,14 @@ def guard(trials: int = 6, attacked: int = 16) -> Guard:
 def run(seed: int = 0, reporter: Reporter | None = None) -> Adjusted:
     fp32, int8, ranges = plain()
     return adjust(
-        int8, fp32, IMAGES, ranges=ranges, design_ber=BER, seed=seed, threads=1, reporter=reporter
+        int8,
+        fp32,
+        IMAGES,
+        ranges=ranges,
+        design=Design(BER),
+        seed=seed,
+        threads=1,
+        reporter=reporter,
     )
 
 
@@ -68,7 +76,7 @@ def adjusted() -> Adjusted:
 
 def test_without_redundancy_only_numbers_change_never_the_graph() -> None:
     fp32, int8, ranges = plain()
-    adjusted = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, redundancy=0, threads=1)
+    adjusted = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER, 0), threads=1)
     assert adjusted.record.applied
     before, after = onnx.ModelProto(), onnx.ModelProto()
     before.CopyFrom(int8)
@@ -131,7 +139,7 @@ def test_half_scales_are_held_by_float16() -> None:
     fp32, _, ranges = plain()
     int8 = qdq.quantize_graph(fp32, ranges, half_scales=True)
     made = adjust(
-        int8, fp32, IMAGES, ranges=ranges, design_ber=BER, half_scales=True, threads=1
+        int8, fp32, IMAGES, ranges=ranges, design=Design(BER), half_scales=True, threads=1
     ).model
     for name, array in nets.arrays(made).items():
         if name.endswith(".scale"):
@@ -149,7 +157,7 @@ def test_progress_is_reported() -> None:
 def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     fp32, int8, ranges = plain()
     monkeypatch.setattr(stage, "distill", ruined)
-    made = adjust(int8, fp32, IMAGES, ranges=ranges, design_ber=BER, threads=1)
+    made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER), threads=1)
     steps = [s["step"] for s in made.record.steps]
     assert steps[:4] == STEPS
     assert set(steps[4:]) == {"back off"}
@@ -182,11 +190,41 @@ def test_a_rate_that_strays_is_halved() -> None:
     assert guard().measure(made).clean.mean() > 0.95
 
 
-@pytest.mark.parametrize(("count", "ber"), [(15, 1e-3), (32, 0.0), (32, 1.0), (32, float("nan"))])
-def test_too_few_images_and_impossible_rates_are_refused(count: int, ber: float) -> None:
+def test_too_few_images_are_refused() -> None:
     fp32, int8, ranges = plain()
-    with pytest.raises(DataError):
-        adjust(int8, fp32, nets.images(count), ranges=ranges, design_ber=ber)
+    with pytest.raises(DataError, match="15 calibration images"):
+        adjust(int8, fp32, nets.images(15), ranges=ranges)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ber", value) for value in (0.0, 1.0, float("nan"))),
+        *((n, v) for n in ("redundancy", "effort") for v in (-0.1, float("inf"), float("nan"))),
+    ],
+)
+def test_an_impossible_design_is_refused(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=name if name != "ber" else "design BER"):
+        Design(**{name: value})
+
+
+def test_learning_is_left_out_where_too_few_steps_fit() -> None:
+    fp32, int8, ranges = plain()
+    stream = io.StringIO()
+    design = Design(BER, effort=1e-6)
+    made = adjust(
+        int8,
+        fp32,
+        IMAGES,
+        ranges=ranges,
+        design=design,
+        threads=1,
+        reporter=Reporter(quiet=False, stream=stream),
+    )
+    assert made.record.steps[3]["step"] == "distill"
+    assert made.record.steps[3]["steps"] == 0
+    assert "distillation is left out: " in stream.getvalue()
+    assert "distilling" not in stream.getvalue()
 
 
 def test_half_the_way_is_between() -> None:

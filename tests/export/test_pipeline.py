@@ -17,6 +17,7 @@ from resq_deploy.bundle import Bundle, sha256_of
 from resq_deploy.errors import AttackError, BackendError, BundleError, DataError, ResqError
 from resq_deploy.export import pipeline
 from resq_deploy.export.adjust import Adjusted
+from resq_deploy.export.design import Design
 from resq_deploy.export.pipeline import export_model
 from resq_deploy.manifest import Adjustment
 from resq_deploy.metrics import top1
@@ -156,13 +157,17 @@ def test_stage_three_gets_the_plain_graph_and_its_result_is_deployed(
         changed.CopyFrom(int8)
         bias = next(t for t in changed.graph.initializer if t.name == "fc.bias")
         bias.CopyFrom(numpy_helper.from_array(np.array([9, 0, 0], np.float32), "fc.bias"))
-        record = Adjustment(applied=True, design_ber=options["design_ber"], measured={"kept": "it"})
+        record = Adjustment(applied=True, design_ber=options["design"].ber, measured={"kept": "it"})
         return Adjusted(changed, fp32, options["ranges"], record)
 
     monkeypatch.setattr(pipeline, "stage3", stage3)
     options = {**FAST, "adjust": True, "design_ber": 1e-2, "eps": "4/255"}
     made = export_model(home / "model.pt", tmp_path / "m.resq", **options)
-    assert (seen["design_ber"], seen["eps"], seen["images"].shape) == (1e-2, 4 / 255, (32, *SHAPE))
+    assert (seen["design"], seen["eps"], seen["images"].shape) == (
+        Design(1e-2),
+        4 / 255,
+        (32, *SHAPE),
+    )
     arrays = {t.name: numpy_helper.to_array(t) for t in onnx.load(made.int8).graph.initializer}
     assert arrays["fc.bias"][0] == pytest.approx(9, rel=1e-4)  # rounded as integer kernels do
     assert made.manifest.adjustment.measured == {"kept": "it"}
@@ -235,6 +240,7 @@ def test_calibration_data_that_cannot_calibrate(
         ({"high_precision": "fp16", "opset": 18}, ResqError, "opset 18"),
         ({"adjust": True, "design_ber": 2.0}, DataError, "design BER"),
         ({"redundancy": -0.1}, DataError, "redundancy"),
+        ({"effort": -1.0}, DataError, "effort"),
         ({"calib_samples": 0}, DataError, "cannot take 0"),
     ],
 )

@@ -10,10 +10,10 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from resq_deploy.errors import DataError
 from resq_deploy.export import graph, qdq, rules
 from resq_deploy.export.adjust import adjust, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
+from resq_deploy.export.design import Design
 from resq_deploy.export.distill import draw
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.split import Cost, Split, allocate, split
@@ -211,9 +211,7 @@ def test_stage_three_splits_as_much_as_it_is_allowed(
     monkeypatch.setattr(stage, "worthwhile", lambda *_: True)
     fp32 = nets.residual()
     int8, ranges = quantized(fp32)
-    made = adjust(
-        int8, fp32, IMAGES, ranges=ranges, design_ber=1e-2, redundancy=redundancy, threads=1
-    )
+    made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(1e-2, redundancy), threads=1)
     step = next(s for s in made.record.steps if s["step"] == "split")
     assert bool(step["copies"]) == (redundancy > 0)
     assert step["work"] <= redundancy
@@ -222,13 +220,6 @@ def test_stage_three_splits_as_much_as_it_is_allowed(
     assert set(made.ranges) == set(rules.plan(made.fp32).activations)
     before, after = (logits_of(m, IMAGES, 1) for m in (fp32, made.fp32))
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
-
-
-def test_a_redundancy_below_nothing_is_refused() -> None:
-    fp32 = nets.residual()
-    int8, ranges = quantized(fp32)
-    with pytest.raises(DataError, match="redundancy"):
-        adjust(int8, fp32, IMAGES, ranges=ranges, redundancy=-0.1)
 
 
 def test_a_plan_of_a_split_network_holds_every_copy(tmp_path: Path) -> None:
