@@ -7,10 +7,8 @@
 
 All are bounded in pixel space, in L-inf or L2, and keep of every image the iterate with the largest margin
 (largest other logit - true logit): a point just past the boundary on the twin need not be past it on a device that
-rounds once less. Restarts and targets work on the images that still stand.
-
-Written here because the toolbox draws from global state, keeps the last iterate, and its Auto-PGD goes through numpy
-at every step. Black-box attacks are in runtime/blackbox.py.
+rounds once less. Restarts and targets work on the images that still stand. Black-box attacks: runtime/blackbox.py.
+Written here because the toolbox draws from global state, keeps the last iterate, and its Auto-PGD goes through numpy.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy.export import center, graph, qdq, ranges
+from resq_deploy.export import center, graph, qdq, ranges, rules
 from resq_deploy.export.adjust import logits_of
 from resq_deploy.export.calibrate import Probe, calibrate
 from resq_deploy.export.equalize import Moments
@@ -163,6 +163,14 @@ def test_a_layer_that_pads_gets_no_shift() -> None:
         made, record = centered(gated(kernel=kernel))
         assert [r["shifted"] for r in record] == [shifted]
         assert ("silu.out.centered" in {n.name for n in made.graph.node}) is shifted
+
+
+def test_the_listing_says_what_a_constant_factor_is() -> None:
+    made, _ = centered(gated())
+    why = {op.node: op.reason for op in rules.plan(made).float_ops}
+    for name in ("silu.out.scaled", "silu.out.centered"):
+        assert why[name].startswith("a constant factor or addend")
+    assert why["silu"].startswith("a product of activations")
 
 
 def test_what_equalization_reaches_is_left_to_it() -> None:
