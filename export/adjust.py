@@ -176,7 +176,9 @@ class _Stage:
         ):
             start = base
             candidate, told = step(base)
-            steps.append({"step": name, **told} | self._judge(candidate, plain))
+            steps.append(
+                {"step": name, **told} | self._judge(candidate, plain, new=candidate is not base)
+            )
             tried.append(candidate)
             base = base if objections(candidate.scores, plain.scores) else candidate
         learned = tried[-1]
@@ -281,13 +283,15 @@ class _Stage:
     ) -> Candidate:
         return Candidate(name, model, fp32, ranges, self.guard.measure(model))
 
-    def _judge(self, candidate: Candidate, plain: Candidate) -> dict[str, Any]:
+    def _judge(self, candidate: Candidate, plain: Candidate, new: bool = True) -> dict[str, Any]:
+        """What the manifest says of a step; also said at once where the step made something new."""
         against = objections(candidate.scores, plain.scores)
         summary = candidate.scores.summary()
-        self.say.log(
-            f"{candidate.name}: agreement {summary['agreement']:.4f}, under flips "
-            f"{summary['faulty_agreement']:.4f}{', loses ' + '; '.join(against) if against else ''}"
-        )
+        if new:
+            self.say.log(
+                f"{candidate.name}: agreement {summary['agreement']:.4f}, under flips "
+                f"{summary['faulty_agreement']:.4f}{', loses ' + '; '.join(against) if against else ''}"
+            )
         return {"kept": not against, "loses": against, "measured": summary}
 
     def _attacked(self) -> Images:

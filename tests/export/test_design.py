@@ -1,0 +1,20 @@
+"""What stage III may be asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from resq_deploy.errors import DataError
+from resq_deploy.export.design import Design
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ber", value) for value in (0.0, 1.0, float("nan"))),
+        *((n, v) for n in ("redundancy", "effort") for v in (-0.1, float("inf"), float("nan"))),
+    ],
+)
+def test_an_impossible_design_is_refused(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=name if name != "ber" else "design BER"):
+        Design(**{name: value})
