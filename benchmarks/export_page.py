@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,12 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
         *(accuracy_row(arch, f) for arch, f in found.items()),
         "",
         f"`quantize_static`: the better of MinMax and entropy ranges. `design`: {setup.design[0]:g}.",
+        "",
+        "Points above the others' accuracy, image by image: what an interval holds 0 in is chance.",
+        "",
+        "| | above FP32 | above quantize_static | above NNCF |",
+        "| --- " * 4 + "|",
+        *ahead_rows(found),
         "",
         "## Under bit flips",
         "",
@@ -80,6 +87,19 @@ def accuracy_row(arch: str, f: Figures) -> str:
         f["tensorrt_rtx"],
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def ahead_rows(found: Mapping[str, Figures]) -> list[str]:
+    """How accuracy compares with others': one line for each network, and their mean."""
+    names = ("fp32", "quantize_static", "nncf")
+    rows = [[arch, *(spread(f["ahead_of"][n], 2) for n in names)] for arch, f in found.items()]
+    means = []
+    for name in names:
+        all_of = [f["ahead_of"][name] for f in found.values()]
+        mean = math.fsum(m for m, _, _ in all_of) / len(all_of)
+        half = math.hypot(*(high - m for m, _, high in all_of)) / len(all_of)
+        means.append(spread((mean, mean - half, mean + half), 2))
+    return ["| " + " | ".join(row) + " |" for row in [*rows, ["mean", *means]]]
 
 
 def flip_rows(arch: str, f: Figures) -> list[str]:

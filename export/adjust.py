@@ -12,7 +12,7 @@ has the equations, and what was tried and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,10 +31,12 @@ from resq_deploy.export.design import Design
 from resq_deploy.export.distill import Recipe, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
-from resq_deploy.export.guard import Guard, Scores, gains, objections, worthwhile
+from resq_deploy.export.guard import Guard, Scores
+from resq_deploy.export.mixtures import Doubt
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.split import split
 from resq_deploy.export.twin import Twin
+from resq_deploy.export.verdict import gains, objections, worthwhile
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
 from resq_deploy.metrics import top1
@@ -153,7 +155,8 @@ class _Stage:
         )
         self.guard = Guard(
             held_out,
-            logits_of(fp32, held_out, threads),
+            logits_of(fp32, [held_out], threads),
+            Doubt.find(held_out, lambda batches: logits_of(fp32, batches, threads), seed),
             bers,
             eps,
             trials=_TRIALS // len(bers),
@@ -167,38 +170,30 @@ class _Stage:
 
     def run(self) -> Adjusted:
         plain = base = self._scored("plain", self.int8, self.fp32, self.ranges)
-        tried, steps = [plain], []
+        kept, steps = [plain], []
         for name, step in (
             ("equalize", self._equalized),
             ("split", self._split),
             ("reconstruct", self._reconstructed),
             ("distill", self._distilled),
         ):
-            start = base
+            base = kept[-1]
             candidate, told = step(base)
-            steps.append(
-                {"step": name, **told} | self._judge(candidate, plain, new=candidate is not base)
-            )
-            tried.append(candidate)
-            base = base if objections(candidate.scores, plain.scores) else candidate
-        learned = tried[-1]
-        for share in _SHARES:
-            if not objections(tried[-1].scores, plain.scores):
+            steps.append({"step": name, **told} | self._judge(candidate, kept))
+        for share in _SHARES if kept[-1] is not candidate else ():
+            model = between(base.model, candidate.model, share)
+            name = f"{candidate.name} x {share}"
+            part = self._scored(name, model, base.fp32, base.ranges)
+            steps.append({"step": "back off", "share": share} | self._judge(part, kept))
+            if kept[-1] is part:
                 break
-            model = between(start.model, learned.model, share)
-            name = f"{learned.name} x {share}"
-            tried.append(self._scored(name, model, start.fp32, start.ranges))
-            steps.append({"step": "back off", "share": share} | self._judge(tried[-1], plain))
-        return self._chosen(plain, tried, steps)
+        return self._chosen(kept, steps)
 
-    def _chosen(
-        self, plain: Candidate, tried: list[Candidate], steps: list[dict[str, Any]]
-    ) -> Adjusted:
-        """The last candidate that loses nothing and clearly gained on those before; plain where it gains too little."""
-        best = plain
-        for candidate in tried:
-            fit = not objections(candidate.scores, plain.scores)
-            best = candidate if fit and gains(candidate.scores, best.scores) else best
+    def _chosen(self, kept: list[Candidate], steps: list[dict[str, Any]]) -> Adjusted:
+        """The last of those kept that clearly gained on the ones before; plain where it gains too little."""
+        plain = best = kept[0]
+        for candidate in kept:
+            best = candidate if gains(candidate.scores, best.scores) else best
         best = best if worthwhile(best.scores, plain.scores) else plain
         self.say.log(f"stage III keeps: {best.name}")
         record = Adjustment(
@@ -283,15 +278,19 @@ class _Stage:
     ) -> Candidate:
         return Candidate(name, model, fp32, ranges, self.guard.measure(model))
 
-    def _judge(self, candidate: Candidate, plain: Candidate, new: bool = True) -> dict[str, Any]:
-        """What the manifest says of a step; also said at once where the step made something new."""
-        against = objections(candidate.scores, plain.scores)
+    def _judge(self, candidate: Candidate, kept: list[Candidate]) -> dict[str, Any]:
+        """What the manifest says of a step; joins what is kept, unless it loses something or is nothing new."""
         summary = candidate.scores.summary()
-        if new:
-            self.say.log(
-                f"{candidate.name}: agreement {summary['agreement']:.4f}, under flips "
-                f"{summary['faulty_agreement']:.4f}{', loses ' + '; '.join(against) if against else ''}"
-            )
+        if candidate is kept[-1]:
+            return {"kept": True, "loses": [], "measured": summary}
+        against = objections(candidate.scores, [other.scores for other in kept])
+        self.say.log(
+            f"{candidate.name}: agreement {summary['agreement']:.4f}, on mixtures {summary['agreement_mixtures']:.4f}, "
+            f"under flips {summary['faulty_agreement']:.4f}"
+            f"{', loses ' + '; '.join(against) if against else ''}"
+        )
+        if not against:
+            kept.append(candidate)
         return {"kept": not against, "loses": against, "measured": summary}
 
     def _attacked(self) -> Images:
@@ -299,7 +298,7 @@ class _Stage:
         if self._adversarial is None:
             count = min(len(self.learn), 64 if self.heavy else 512)
             images = self.learn[:count]
-            labels = top1(logits_of(self.fp32, images, self.threads))
+            labels = top1(logits_of(self.fp32, [images], self.threads))
             sample = Sample(images, labels, np.arange(count))
             self._adversarial = craft(
                 self.teacher,
@@ -334,9 +333,12 @@ def between(a: onnx.ModelProto, b: onnx.ModelProto, share: float) -> onnx.ModelP
     return made
 
 
-def logits_of(fp32: onnx.ModelProto, images: Images, threads: int | None) -> NDArray[np.float32]:
+def logits_of(
+    fp32: onnx.ModelProto, batches: Iterable[Images], threads: int | None
+) -> NDArray[np.float32]:
     """FP32 logits by ONNX Runtime: float32 [N, classes]."""
     output = fp32.graph.output[0].name
-    parts = [values[output] for _, values in Probe(fp32, [output], threads).run(images)]
+    probe = Probe(fp32, [output], threads)
+    parts = [values[output] for images in batches for _, values in probe.run(images)]
     logits: NDArray[np.float32] = np.concatenate(parts)
     return logits

@@ -7,6 +7,9 @@ There are no labels, so FP32 is the judge. What a prediction is worth is the pro
 is 1 where both agree, and little less where FP32 hesitates too: an estimate of accuracy kept, not of agreement alone.
 Measured are golden codes, flipped codes (by the same seeds for every graph), and a white-box attack on the graph
 itself. All differences are paired, image by image.
+
+Agreement of golden codes is counted, and estimated from mixtures of images (mixtures.py), which is fine enough to
+compare graphs by. What follows from all this is in verdict.py.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from resq_deploy.bundle import Sample
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import draw
+from resq_deploy.export.mixtures import Doubt
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import FaultSpace
 from resq_deploy.memory import fault_space
@@ -31,25 +35,20 @@ from resq_deploy.runtime.runner import Runner
 Images = NDArray[np.float32]
 Values = NDArray[np.float64]
 
-LOST = 0.003  # what an adjusted graph may lose clean or attacked
-_Z = 2.33  # standard errors that a loss must exceed that by: 99%, one-sided; of one export some thirty are looked at
-_Z_GAIN = 1.64  # ... that a gain must exceed 0 by: 95%
-AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
-WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
-PRICE = 2.0  # points of agreement under flips at the design BER, that a point of clean agreement below must buy
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """What one graph is worth on the held-out images, per image float64 [N]; `divergence` in nats.
 
     `clean`, `attacked`: values in [0, 1] (attacked: fewer images); `faulty`: [bit error rates, N], the means over
-    the trials of each; `agrees`: 1 where the top-1 is FP32's, without flips;
+    the trials of each; `agreement`: share of images whose top-1 is FP32's, without flips;
+    `disagreement`: share of mixtures of two images for which it is not, smoothed;
     `divergence`: mean KL from FP32 under flips; `trials`: share of each trial's images that agree with FP32.
     """
 
     clean: Values
-    agrees: Values
+    agreement: float
+    disagreement: float
     faulty: Values
     trials: Values
     divergence: float
@@ -59,7 +58,8 @@ class Scores:
         """The figures for the manifest."""
         return {
             "clean": round(float(self.clean.mean()), 5),
-            "agreement": round(float(self.agrees.mean()), 5),
+            "agreement": round(self.agreement, 5),
+            "agreement_mixtures": round(1 - self.disagreement, 5),
             "faulty": round(float(self.faulty.mean()), 5),
             "faulty_agreement": round(float(self.trials.mean()), 5),
             "faulty_agreement_worst": round(float(self.trials.min()), 5),
@@ -72,11 +72,12 @@ class Scores:
 class Guard:
     """Held-out images with FP32's logits for them, and how to measure: `trials` at each of the `bers`.
 
-    `part`: images that are attacked at once.
+    `doubt`: mixtures of the images at which FP32 hesitates; `part`: images that are attacked at once.
     """
 
     images: Images
     reference: NDArray[np.float32]
+    doubt: Doubt
     bers: tuple[float, ...]
     eps: float
     trials: int = 10
@@ -91,6 +92,7 @@ class Guard:
         golden_space = fault_space(model).select(kinds=("weights",))
         with OrtRunner(model, threads=self.threads) as runner:
             clean = runner(self.images)
+            disagreement = self.doubt.disagreement(runner)
             faulty = [
                 self._faulty(runner, golden_space, ber, trial)
                 for ber in self.bers
@@ -101,7 +103,8 @@ class Guard:
         best = top1(self.reference)
         return Scores(
             clean=value(clean, self.reference),
-            agrees=(top1(clean) == best).astype(np.float64),
+            agreement=float((top1(clean) == best).mean()),
+            disagreement=disagreement,
             faulty=values.reshape(len(self.bers), self.trials, -1).mean(axis=1),
             trials=np.array([(top1(logits) == best).mean() for logits in faulty]),
             divergence=float(np.mean([_kl(self.reference, logits) for logits in faulty])),
@@ -128,48 +131,6 @@ def value(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Values
     rows = np.arange(len(reference))
     gap = reference[rows, np.maximum(chosen, 0)] - reference.max(axis=1)
     return np.where(chosen >= 0, np.exp(gap.astype(np.float64)), 0.0)
-
-
-def objections(candidate: Scores, plain: Scores) -> list[str]:
-    """Where a candidate loses against plain INT8, at any of the bit error rates; nothing where it may be kept."""
-    bought = max(0.0, _at_design(candidate) - _at_design(plain)) / PRICE
-    hesitant = max(0.0, float(plain.agrees.mean()) - AGREEMENT)
-    compared = [
-        ("clean", plain.clean, candidate.clean, LOST),
-        ("agrees", plain.agrees, candidate.agrees, hesitant + bought),
-        *(("faulty", *pair, 0.0) for pair in zip(plain.faulty, candidate.faulty, strict=True)),
-        ("attacked", plain.attacked, candidate.attacked, LOST),
-    ]
-    found = []
-    for name, before, after, tolerance in compared:
-        if before.size == 0:
-            continue
-        change = after - before
-        error = float(change.std()) / np.sqrt(change.size)
-        if change.mean() < -tolerance - _Z * error:
-            found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
-    return found
-
-
-def _at_design(scores: Scores) -> float:
-    """Agreement under flips at the lowest of the bit error rates."""
-    return float(scores.trials.reshape(len(scores.faulty), -1)[0].mean())
-
-
-def gains(candidate: Scores, other: Scores) -> bool:
-    """Whether a candidate is clearly worth more under flips than another."""
-    gain = (candidate.faulty - other.faulty).mean(axis=0)
-    return bool(gain.mean() > _Z_GAIN * float(gain.std()) / np.sqrt(gain.size))
-
-
-def worthwhile(candidate: Scores, plain: Scores) -> bool:
-    """Whether a candidate gains clearly under flips, and enough to be deployed instead of plain INT8.
-
-    What stage II has hardened already is left as it is: there a measured gain is mostly chance.
-    """
-    gained = float(candidate.faulty.mean() - plain.faulty.mean())
-    lost = float(plain.clean.mean() - plain.faulty.mean())
-    return gains(candidate, plain) and gained > WORTH * lost
 
 
 def _kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

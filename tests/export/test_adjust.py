@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -14,12 +15,13 @@ import torch
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 from resq_deploy.export import adjust as stage
-from resq_deploy.export import graph, qdq
+from resq_deploy.export import graph, qdq, verdict
 from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
 from resq_deploy.export.distill import Recipe, distill, draw
-from resq_deploy.export.guard import Guard, Scores, gains, objections, value, worthwhile
+from resq_deploy.export.guard import Guard, Scores
+from resq_deploy.export.mixtures import Doubt
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
@@ -41,9 +43,16 @@ def plain() -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Range]]:
 def guard(trials: int = 6, attacked: int = 16) -> Guard:
     fp32, _, _ = plain()
     held_out = nets.images(64, seed=9)
-    reference = logits_of(fp32, held_out, 1)
     return Guard(
-        held_out, reference, (BER,), 8 / 255, trials=trials, attacked=attacked, steps=3, threads=1
+        held_out,
+        logits_of(fp32, [held_out], 1),
+        Doubt.find(held_out, lambda batches: logits_of(fp32, batches, 1), 0),
+        (BER,),
+        8 / 255,
+        trials=trials,
+        attacked=attacked,
+        steps=3,
+        threads=1,
     )
 
 
@@ -111,8 +120,8 @@ def test_it_gains_under_flips_and_the_record_says_so(adjusted: Adjusted) -> None
 
 
 def test_the_fp32_graph_that_comes_back_is_the_same_function(adjusted: Adjusted) -> None:
-    before = logits_of(plain()[0], IMAGES, 1)
-    after = logits_of(adjusted.fp32, IMAGES, 1)
+    before = logits_of(plain()[0], [IMAGES], 1)
+    after = logits_of(adjusted.fp32, [IMAGES], 1)
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
 
 
@@ -251,86 +260,6 @@ def test_flips_are_drawn_at_the_rate() -> None:
     assert len(draw(space, 1e-12, rng)) == 0
 
 
-def test_a_guard_repeats_itself_and_restores_the_memory() -> None:
-    _, int8, _ = plain()
-    first, again = guard().measure(int8), guard().measure(int8)
-    assert first.summary() == again.summary()
-    assert first.clean.shape == (64,)
-    assert first.attacked.shape == (16,)
-    assert 0.9 < first.agrees.mean() <= 1
-
-
-def test_a_prediction_is_worth_what_fp32_gives_it() -> None:
-    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], np.float32))
-    found = value(np.array([[0, 9, 1], [9, 0, 1]], np.float32), reference)
-    np.testing.assert_allclose(found, [0.5, 1.0], rtol=1e-6)
-    assert value(np.full((2, 3), np.nan, np.float32), reference).tolist() == [0.0, 0.0]
-
-
-def scores(
-    clean: float = 1.0, faulty: float = 0.8, attacked: float = 0.5, agrees: float = 0.995
-) -> Scores:
-    ones = np.ones(400)
-    return Scores(
-        clean * ones,
-        agrees * ones,
-        faulty * np.ones((2, 400)),
-        faulty * np.ones(8),
-        0.1,
-        attacked * ones,
-    )
-
-
-CASES: list[tuple[Scores, str]] = [
-    (scores(faulty=0.85), ""),
-    (scores(clean=0.998), ""),
-    (scores(clean=0.99), "clean"),
-    (scores(faulty=0.79), "faulty"),
-    (scores(attacked=0.49), "attacked"),
-    (scores(agrees=0.9905), ""),
-    (scores(agrees=0.985), "agrees"),
-    (scores(faulty=0.82, agrees=0.985), ""),
-    (scores(faulty=0.82, agrees=0.975), "agrees"),
-]
-
-
-@pytest.mark.parametrize(("candidate", "lost"), CASES)
-def test_what_counts_as_a_loss(candidate: Scores, lost: str) -> None:
-    found = objections(candidate, scores())
-    assert {text.split()[0] for text in found} == ({lost} if lost else set())
-
-
-def test_one_image_of_few_is_not_yet_a_loss() -> None:
-    before, after = np.ones(50), np.ones(50)
-    after[0] = 0.0
-    still = [scores() for _ in range(2)]
-    first, second = replace(still[0], attacked=before), replace(still[1], attacked=after)
-    assert not objections(second, first)
-    after[:6] = 0.0
-    assert objections(second, first)
-
-
-def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
-    plain = scores(faulty=0.8)  # loses 0.2
-    assert worthwhile(scores(faulty=0.86), plain)
-    assert not worthwhile(scores(faulty=0.84), plain)
-    assert not worthwhile(plain, plain)
-    luck = plain.faulty.copy()
-    luck[:, :40] += 0.7  # one image in ten gains much
-    assert worthwhile(replace(plain, faulty=luck), plain)
-    luck[:, 40:70] -= 0.6
-    assert not worthwhile(replace(plain, faulty=luck), plain)
-
-
-def test_a_step_that_only_moves_answers_about_gains_nothing() -> None:
-    rng = np.random.default_rng(0)
-    before = scores(faulty=0.9)
-    moved = replace(before, faulty=before.faulty + 0.05 * rng.standard_normal(before.faulty.shape))
-    assert not gains(moved, before)
-    assert not gains(before, before)
-    assert gains(replace(before, faulty=before.faulty + 0.01), before)
-
-
 def test_work_counts_multiplications_and_elements() -> None:
     side = nets.SIDE**2
     convs = side * (16 * 9 + 16 * 16 * 9 + 32 * 16 * 9 + 32 * 16)
@@ -345,3 +274,30 @@ def test_parts_of_a_batch_learn_what_the_whole_batch_does() -> None:
     parts = nets.arrays(distill(int8, Twin(fp32), IMAGES, replace(recipe, part=7))[0])
     for name in ("conv1.bias", "fc.bias"):
         np.testing.assert_allclose(parts[name], whole[name], atol=2e-4)
+
+
+def test_a_guard_repeats_itself_and_restores_the_memory() -> None:
+    _, int8, _ = plain()
+    first, again = guard().measure(int8), guard().measure(int8)
+    assert first.summary() == again.summary()
+    assert first.clean.shape == (64,)
+    assert first.attacked.shape == (16,)
+    assert 0.9 < first.agreement <= 1
+    spoiled, _ = ruined(int8, Twin(plain()[0]), None, Recipe(ber=BER))
+    assert first.disagreement < 0.1 < guard().measure(spoiled).disagreement
+
+
+def test_shares_of_what_was_learned_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32, int8, ranges = plain()
+    judged = verdict.objections
+
+    def half_at_most(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
+        asked.append(candidate)
+        return ["too much"] if len(asked) in (4, 5) else judged(candidate, kept)
+
+    asked: list[Scores] = []
+    monkeypatch.setattr(stage, "objections", half_at_most)
+    made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER), threads=1)
+    backed = [s for s in made.record.steps if s["step"] == "back off"]
+    assert [(s["share"], s["kept"]) for s in backed] == [(0.75, False), (0.5, True)]
+    assert not made.record.measured["kept"].endswith(("distilled", "distilled x 0.75"))

@@ -84,7 +84,9 @@ def error(model: onnx.ModelProto, tensor: str) -> float:
     rounded = ranges.rounded_graph(model, [tensor]).SerializeToString()
     session = ort.InferenceSession(rounded, providers=["CPUExecutionProvider"])
     given = {"input": IMAGES, ranges.scale_input(tensor): np.asarray(scale, np.float32)}
-    return float(np.square(session.run(["logits"], given)[0] - logits_of(model, IMAGES, 1)).mean())
+    return float(
+        np.square(session.run(["logits"], given)[0] - logits_of(model, [IMAGES], 1)).mean()
+    )
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -96,7 +98,7 @@ def test_the_function_stays(kernel: int, group: int) -> None:
     assert model.SerializeToString(deterministic=True) == before
     graph.check(made)
     assert [r["tensor"] for r in record] == ["silu.out"]
-    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    old, new = (logits_of(m, [IMAGES], 1) for m in (model, made))
     np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
 
 
@@ -109,7 +111,7 @@ def test_a_norm_carries_it_for_nothing_where_it_is_the_layers_own(
     made, record = centered(model)
     graph.check(made)
     assert {r["tensor"] for r in record} >= {"norm.out", "silu.out"}
-    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    old, new = (logits_of(m, [IMAGES], 1) for m in (model, made))
     np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
     nodes = {n.name for n in made.graph.node}
     assert {"silu.out.scaled", "silu.out.centered"} <= nodes
@@ -139,7 +141,7 @@ def test_a_norm_over_columns_does_not_carry_the_channels_of_a_convolution(
     model = b.model()
     assert center.tensors(model)["norm.out"] == 1
     made, _ = centered(model)
-    old, new = (logits_of(m, IMAGES, 1) for m in (model, made))
+    old, new = (logits_of(m, [IMAGES], 1) for m in (model, made))
     np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
 
 

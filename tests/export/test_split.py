@@ -48,7 +48,7 @@ def test_the_function_stays(name: str) -> None:
     done = everything_split(fp32)
     graph.check(done.model)
     assert set(done.copies.values()) == {16}
-    before, after = (logits_of(m, IMAGES, 1) for m in (fp32, done.model))
+    before, after = (logits_of(m, [IMAGES], 1) for m in (fp32, done.model))
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 
 
@@ -75,7 +75,7 @@ def test_matrix_products_are_split_along_their_inputs() -> None:
     done = split(fp32, {"m": 1.0, "fc.weight": 1.0}, budget=100)
     assert nets.arrays(done.model)["m"].shape == (16 * 144, 20)
     assert nets.arrays(done.model)["fc.weight"].shape == (16 * 20, nets.CLASSES)
-    before, after = (logits_of(m, IMAGES, 1) for m in (fp32, done.model))
+    before, after = (logits_of(m, [IMAGES], 1) for m in (fp32, done.model))
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 
 
@@ -218,7 +218,7 @@ def test_stage_three_splits_as_much_as_it_is_allowed(
     assert set(step["divergence"]) == {w.name for w in rules.plan(fp32).weights}
     assert all(nats > 0 for nats in step["divergence"].values())
     assert set(made.ranges) == set(rules.plan(made.fp32).activations)
-    before, after = (logits_of(m, IMAGES, 1) for m in (fp32, made.fp32))
+    before, after = (logits_of(m, [IMAGES], 1) for m in (fp32, made.fp32))
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
 
 

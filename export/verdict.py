@@ -1,0 +1,71 @@
+"""What stage III keeps: scores of adjusted graphs (guard.py) against those of plain INT8, and of each other.
+
+A loss must be clear before it counts against a graph, and a gain before it counts for one: both are chance otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from resq_deploy.export.guard import Scores, Values
+
+LOST = 0.003  # what an adjusted graph may lose clean or attacked
+AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
+HARDER = 3.0  # times as many mixtures as images lie near a decision: 2.2 to 5.7 times were found, 3.8 in the middle
+WORSE = 1.05  # times the disagreement of the best so far, that may be where that is below AGREEMENT already
+PRICE = 2.0  # points under flips at the design BER, that a point of agreement below must buy
+LEAST = 0.003  # that plain INT8 must lose under flips before anything replaces it
+WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
+_Z = 2.33  # standard errors beyond what may be lost: 99%, one-sided; of one export some thirty are looked at
+_Z_GAIN = 1.64  # ... that a gain must exceed 0 by: 95%
+
+
+def objections(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
+    """Where a candidate loses, at any of the bit error rates; nothing where it may be kept.
+
+    `kept`: scores of plain INT8 and of the steps kept since: values are held against plain INT8's, agreement against
+    the best of them.
+    """
+    plain = kept[0]
+    compared = [
+        ("clean", plain.clean, candidate.clean, LOST),
+        *(("faulty", *pair, 0.0) for pair in zip(plain.faulty, candidate.faulty, strict=True)),
+        ("attacked", plain.attacked, candidate.attacked, LOST),
+    ]
+    found = []
+    for name, before, after, tolerance in compared:
+        if before.size == 0:
+            continue
+        mean, error = _paired(after, before)
+        if mean < -tolerance - _Z * error:
+            found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
+    best = min(scores.disagreement for scores in kept)
+    mean, error = _paired(candidate.faulty[0], kept[-1].faulty[0])
+    bought = max(0.0, mean - _Z_GAIN * error) / PRICE
+    if candidate.disagreement > max(HARDER * (1 - AGREEMENT), WORSE * best) + HARDER * bought:
+        found.append(f"agreement on mixtures {1 - best:.4f} -> {1 - candidate.disagreement:.4f}")
+    return found
+
+
+def gains(candidate: Scores, other: Scores) -> bool:
+    """Whether a candidate is clearly worth more under flips than another."""
+    mean, error = _paired(candidate.faulty.mean(axis=0), other.faulty.mean(axis=0))
+    return mean > _Z_GAIN * error
+
+
+def worthwhile(candidate: Scores, plain: Scores) -> bool:
+    """Whether a candidate gains clearly under flips, and enough to be deployed instead of plain INT8.
+
+    What stage II has hardened already, or what flips hardly touch, is left as it is: there a gain is mostly chance.
+    """
+    gained = float(candidate.faulty.mean() - plain.faulty.mean())
+    lost = float(plain.clean.mean() - plain.faulty.mean())
+    return lost >= LEAST and gains(candidate, plain) and gained > WORTH * lost
+
+
+def _paired(after: Values, before: Values) -> tuple[float, float]:
+    """Mean change of values of the same images, and its standard error."""
+    change = after - before
+    return float(change.mean()), float(change.std()) / float(np.sqrt(change.size))

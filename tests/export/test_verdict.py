@@ -1,0 +1,94 @@
+"""What stage III keeps of what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from resq_deploy.export.guard import Scores
+from resq_deploy.export.verdict import gains, objections, worthwhile
+
+
+def scores(
+    clean: float = 1.0, faulty: float = 0.8, attacked: float = 0.5, differ: float = 0.01
+) -> Scores:
+    ones = np.ones(400)
+    return Scores(
+        clean=clean * ones,
+        agreement=0.995,
+        disagreement=differ,
+        faulty=faulty * np.ones((2, 400)),
+        trials=faulty * np.ones(8),
+        divergence=0.1,
+        attacked=attacked * ones,
+    )
+
+
+CASES: list[tuple[Scores, str]] = [
+    (scores(faulty=0.85), ""),
+    (scores(clean=0.998), ""),
+    (scores(clean=0.99), "clean"),
+    (scores(faulty=0.79), "faulty"),
+    (scores(attacked=0.49), "attacked"),
+    (scores(differ=0.0295), ""),
+    (scores(differ=0.0305), "agreement"),
+    (scores(faulty=0.82, differ=0.055), ""),
+    (scores(faulty=0.82, differ=0.065), "agreement"),
+]
+
+
+@pytest.mark.parametrize(("candidate", "lost"), CASES)
+def test_what_counts_as_a_loss(candidate: Scores, lost: str) -> None:
+    found = objections(candidate, [scores()])
+    assert {text.split()[0] for text in found} == ({lost} if lost else set())
+
+
+def test_where_99_percent_are_out_of_reach_the_best_so_far_is_held() -> None:
+    kept = [scores(differ=0.06), scores(differ=0.04), scores(differ=0.0415)]
+    assert not objections(scores(differ=0.0415), kept)
+    assert objections(scores(differ=0.0425), kept) == ["agreement on mixtures 0.9600 -> 0.9575"]
+    assert not objections(scores(differ=0.0425), kept[:1])
+
+
+def test_agreement_is_bought_by_what_a_step_adds_itself() -> None:
+    plain, before = scores(faulty=0.8), scores(faulty=0.82)
+    after = scores(faulty=0.82, differ=0.05)
+    assert not objections(after, [plain])
+    assert objections(after, [plain, before])
+
+
+def test_one_image_of_few_is_not_yet_a_loss() -> None:
+    before, after = np.ones(50), np.ones(50)
+    after[0] = 0.0
+    first, second = replace(scores(), attacked=before), replace(scores(), attacked=after)
+    assert not objections(second, [first])
+    after[:6] = 0.0
+    assert objections(second, [first])
+
+
+def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
+    plain = scores(faulty=0.8)  # loses 0.2
+    assert worthwhile(scores(faulty=0.86), plain)
+    assert not worthwhile(scores(faulty=0.84), plain)
+    assert not worthwhile(plain, plain)
+    luck = plain.faulty.copy()
+    luck[:, :40] += 0.7  # one image in ten gains much
+    assert worthwhile(replace(plain, faulty=luck), plain)
+    luck[:, 40:70] -= 0.6
+    assert not worthwhile(replace(plain, faulty=luck), plain)
+
+
+def test_what_loses_next_to_nothing_is_left_as_it_is() -> None:
+    assert not worthwhile(scores(faulty=1.0), scores(faulty=0.9975))
+    assert worthwhile(scores(faulty=1.0), scores(faulty=0.9965))
+
+
+def test_a_step_that_only_moves_answers_about_gains_nothing() -> None:
+    rng = np.random.default_rng(0)
+    before = scores(faulty=0.9)
+    moved = replace(before, faulty=before.faulty + 0.05 * rng.standard_normal(before.faulty.shape))
+    assert not gains(moved, before)
+    assert not gains(before, before)
+    assert gains(replace(before, faulty=before.faulty + 0.01), before)
