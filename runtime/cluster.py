@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from resq_deploy.errors import BackendError, MissingExtra
@@ -62,15 +61,17 @@ class _Engine:
             return "failed", type(error).__name__, *words_of(error)
 
     def run(self, job: Job, trials: list[int]) -> tuple[Any, ...]:
-        """("rows", rows) or ("failed", kind, message, hint)."""
+        """(rows,), or what was finished and why no more is: (rows, kind, message, hint)."""
+        rows: list[Row] = []
         try:
             assert self._opened is not None
             engine, golden = self._opened
-            blocks = [trials[i : i + _BLOCK] for i in range(0, len(trials), _BLOCK)]
-            done = (run_trials(engine, golden, job, block) for block in blocks)
-            return "rows", [row for rows in chain.from_iterable(done) for row in rows]
+            for i in range(0, len(trials), _BLOCK):
+                for done in run_trials(engine, golden, job, trials[i : i + _BLOCK]):
+                    rows += done
         except Exception as error:
-            return "failed", type(error).__name__, *words_of(error)
+            return rows, type(error).__name__, *words_of(error)
+        return (rows,)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +103,9 @@ class _Run:
     latest: int = 0
     again: deque[int] = field(default_factory=deque)
     attempts: dict[int, int] = field(default_factory=dict)
+    failure: tuple[str, str, str] | None = (
+        None  # what ends it, once the rows there are have been handed over
+    )
 
     def take(self, most: int) -> list[int]:
         """The next trials to begin."""
@@ -153,6 +157,8 @@ class RayPool(Crew):
                 self._feed(run)
                 if rows := self._collect(run):
                     yield rows
+                if run.failure is not None:
+                    raise_again(*run.failure)
         finally:
             for reference in self._calls:
                 self._ray.cancel(reference)
@@ -203,7 +209,7 @@ class RayPool(Crew):
                 rows += self._failed(run, reference, "crash")
             else:
                 self._pop(reference)
-                rows += self._rows(answer)
+                rows += self._rows(run, *answer)
         for reference in self._late():
             rows += self._failed(run, reference, "hang")
         return rows
@@ -221,12 +227,12 @@ class RayPool(Crew):
         call.actor.calls.remove(call)
         return call
 
-    def _rows(self, answer: tuple[Any, ...]) -> list[Row]:
-        if answer[0] == "failed":
-            raise_again(*answer[1:])
-        rows: list[Row] = answer[1]
-        seconds = [row.seconds for row in rows]
-        self._took(sum(seconds) / len(seconds), max(seconds))
+    def _rows(self, run: _Run, rows: list[Row], *failure: Any) -> list[Row]:
+        if failure:
+            run.failure = failure
+        elif rows:
+            seconds = [row.seconds for row in rows]
+            self._took(sum(seconds) / len(seconds), max(seconds))
         return rows
 
     def _failed(self, run: _Run, reference: Any, status: Status) -> list[Row]:

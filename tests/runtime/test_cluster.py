@@ -121,6 +121,25 @@ def test_what_is_no_outcome_ends_the_campaign(
         run(open_pool(Misbehaves(how), address), 60)
 
 
+def test_what_was_finished_before_is_handed_over(address: str) -> None:
+    work = job()
+    first = next(i for i in range(60) if is_bad(work.model.trial(work.space, 0, i).flips))
+    assert first
+    engine = c._Engine(Misbehaves("bug"), 1)
+    engine.open()
+    rows, *failure = engine.run(work, list(range(60)))
+    assert [row.trial for row in rows] == list(range(first))
+    assert failure[0] == "TypeError"
+    pool = open_pool(Misbehaves("bug"), address)
+    assert isinstance(pool, RayPool)
+    pool._batch = lambda *_: 60  # type: ignore[method-assign]
+    handed = pool.run(work, iter(range(60)))
+    assert [row.trial for row in next(handed)] == list(range(first))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        next(handed)
+    pool.close()
+
+
 def test_an_engine_that_does_not_open(address: str) -> None:
     with pytest.raises(BackendError, match="no such device"):
         open_pool(CannotOpen("refuse"), address)
