@@ -12,27 +12,26 @@ has the equations, and what was tried and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from resq_deploy.bundle import Sample
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
-from resq_deploy.export import center, fold, qdq, rules
+from resq_deploy.export import center, qdq, rules
 from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
 from resq_deploy.export.design import Design
-from resq_deploy.export.distill import Recipe, distill
+from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.guard import Guard, Scores
-from resq_deploy.export.mixtures import Doubt
+from resq_deploy.export.mixtures import Doubt, Mixtures
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.split import split
 from resq_deploy.export.twin import Twin
@@ -156,7 +155,7 @@ class _Stage:
         self.guard = Guard(
             held_out,
             logits_of(fp32, [held_out], threads),
-            Doubt.find(held_out, lambda batches: logits_of(fp32, batches, threads), seed),
+            Doubt.find(held_out, self._fp32, seed),
             bers,
             eps,
             trials=_TRIALS // len(bers),
@@ -164,6 +163,7 @@ class _Stage:
             seed=seed,
             threads=threads,
             part=_PART if self.heavy else 128,
+            say=self.say,
         )
         self.eps, self.half_scales = eps, half_scales
         self._adversarial: Images | None = None
@@ -276,7 +276,18 @@ class _Stage:
     def _scored(
         self, name: str, model: onnx.ModelProto, fp32: onnx.ModelProto, ranges: Mapping[str, Range]
     ) -> Candidate:
-        return Candidate(name, model, fp32, ranges, self.guard.measure(model))
+        return Candidate(name, model, fp32, ranges, self.guard.measure(model, name))
+
+    def _fp32(self, batches: Mixtures) -> NDArray[np.float32]:
+        """FP32's logits, with progress."""
+        with self.say.task("looking where FP32 hesitates", len(batches), "mixtures") as task:
+
+            def seen() -> Iterator[Images]:
+                for images in batches:
+                    yield images
+                    task.advance(len(images))
+
+            return logits_of(self.fp32, seen(), self.threads)
 
     def _judge(self, candidate: Candidate, kept: list[Candidate]) -> dict[str, Any]:
         """What the manifest says of a step; joins what is kept, unless it loses something or is nothing new."""
@@ -316,21 +327,6 @@ class _Stage:
 def _after(base: Candidate, step: str) -> str:
     """What a graph is called that comes of `base` by one more step."""
     return step if base.name == "plain" else f"{base.name}, {step}"
-
-
-def between(a: onnx.ModelProto, b: onnx.ModelProto, share: float) -> onnx.ModelProto:
-    """The graph at `share` of the way from `a` to `b`, which differ in codes and biases only."""
-    made = onnx.ModelProto()
-    made.CopyFrom(a)
-    other = fold.initializers(b.graph)
-    for tensor in made.graph.initializer:
-        first, second = (numpy_helper.to_array(t) for t in (tensor, other[tensor.name]))
-        if np.array_equal(first, second):
-            continue
-        middle = first + np.float32(share) * (second.astype(np.float32) - first)
-        middle = np.rint(middle) if first.dtype == np.int8 else middle
-        tensor.CopyFrom(numpy_helper.from_array(middle.astype(first.dtype), tensor.name))
-    return made
 
 
 def logits_of(

@@ -21,10 +21,12 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_deploy.console import Reporter
+from resq_deploy.export import fold
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import FaultSpace, Flips
 from resq_deploy.memory import fault_space
@@ -175,3 +177,18 @@ def _schedule(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     factor = min(1.0, (step + 1) / warm) * 0.5 * (1 + np.cos(np.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = group["start"] * factor
+
+
+def between(a: onnx.ModelProto, b: onnx.ModelProto, share: float) -> onnx.ModelProto:
+    """The graph at `share` of the way from `a` to `b`, which differ in codes and biases only."""
+    made = onnx.ModelProto()
+    made.CopyFrom(a)
+    other = fold.initializers(b.graph)
+    for tensor in made.graph.initializer:
+        first, second = (numpy_helper.to_array(t) for t in (tensor, other[tensor.name]))
+        if np.array_equal(first, second):
+            continue
+        middle = first + np.float32(share) * (second.astype(np.float32) - first)
+        middle = np.rint(middle) if first.dtype == np.int8 else middle
+        tensor.CopyFrom(numpy_helper.from_array(middle.astype(first.dtype), tensor.name))
+    return made

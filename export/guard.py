@@ -14,7 +14,7 @@ compare graphs by. What follows from all this is in verdict.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from resq_deploy.bundle import Sample
+from resq_deploy.console import Reporter, Task
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import draw
 from resq_deploy.export.mixtures import Doubt
@@ -86,18 +87,22 @@ class Guard:
     seed: int = 0
     threads: int | None = None
     part: int = 128
+    say: Reporter = field(default_factory=Reporter)
 
-    def measure(self, model: onnx.ModelProto) -> Scores:
-        """Scores of an INT8 graph, run as it is deployed; the attack goes through its twin."""
+    def measure(self, model: onnx.ModelProto, name: str = "INT8") -> Scores:
+        """Scores of an INT8 graph, run as it is deployed; the attack goes through its twin. `name`: for progress."""
         golden_space = fault_space(model).select(kinds=("weights",))
         with OrtRunner(model, threads=self.threads) as runner:
             clean = runner(self.images)
             disagreement = self.doubt.disagreement(runner)
-            faulty = [
-                self._faulty(runner, golden_space, ber, trial)
-                for ber in self.bers
-                for trial in range(self.trials)
-            ]
+            with self.say.task(
+                f"measuring: {name}", len(self.bers) * self.trials, "trials"
+            ) as task:
+                faulty = [
+                    self._faulty(runner, golden_space, ber, trial, task)
+                    for ber in self.bers
+                    for trial in range(self.trials)
+                ]
             attacked = runner(self._attack(model)) if self.attacked else clean[:0]
         values = np.stack([value(logits, self.reference) for logits in faulty])
         best = top1(self.reference)
@@ -112,10 +117,12 @@ class Guard:
         )
 
     def _faulty(
-        self, runner: Runner, space: FaultSpace, ber: float, trial: int
+        self, runner: Runner, space: FaultSpace, ber: float, trial: int, task: Task
     ) -> NDArray[np.float32]:
         with runner.faults(draw(space, ber, np.random.default_rng([self.seed, trial]))):
-            return runner(self.images)
+            logits = runner(self.images)
+        task.advance(1)
+        return logits
 
     def _attack(self, model: onnx.ModelProto) -> Images:
         count = min(self.attacked, len(self.images))

@@ -6,7 +6,7 @@ they cannot tell an agreement of 99.3% from one of 98.9%. Mixtures lie there oft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +72,8 @@ class Doubt:
     share: float
 
     @classmethod
-    def find(cls, images: Images, logits: Callable[[Iterable[Images]], Logits], seed: int) -> Doubt:
-        """1,024 of 4,096 mixtures of the images; `logits` gives FP32's for batches."""
+    def find(cls, images: Images, logits: Callable[[Mixtures], Logits], seed: int) -> Doubt:
+        """1,024 of 4,096 mixtures of the images; `logits` gives FP32's for them."""
         drawn = Mixtures.draw(images, seed)
         reference = logits(drawn)
         rows = np.argsort(_margins(reference, top1(reference)), kind="stable")[:KEPT]

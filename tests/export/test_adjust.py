@@ -16,10 +16,10 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 from resq_deploy.export import adjust as stage
 from resq_deploy.export import graph, qdq, verdict
-from resq_deploy.export.adjust import Adjusted, adjust, between, logits_of
+from resq_deploy.export.adjust import Adjusted, adjust, logits_of
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
-from resq_deploy.export.distill import Recipe, distill, draw
+from resq_deploy.export.distill import Recipe, between, distill, draw
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.mixtures import Doubt
 from resq_deploy.export.twin import Twin
