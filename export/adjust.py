@@ -12,7 +12,7 @@ has the equations, and what was tried and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,6 +170,7 @@ class _Stage:
 
     def run(self) -> Adjusted:
         plain = base = self._scored("plain", self.int8, self.fp32, self.ranges)
+        self._tell(plain)
         kept, steps = [plain], []
         for name, step in (
             ("equalize", self._equalized),
@@ -295,14 +296,18 @@ class _Stage:
         if candidate is kept[-1]:
             return {"kept": True, "loses": [], "measured": summary}
         against = objections(candidate.scores, [other.scores for other in kept])
-        self.say.log(
-            f"{candidate.name}: agreement {summary['agreement']:.4f}, on mixtures {summary['agreement_mixtures']:.4f}, "
-            f"under flips {summary['faulty_agreement']:.4f}"
-            f"{', loses ' + '; '.join(against) if against else ''}"
-        )
+        self._tell(candidate, against)
         if not against:
             kept.append(candidate)
         return {"kept": not against, "loses": against, "measured": summary}
+
+    def _tell(self, candidate: Candidate, against: Sequence[str] = ()) -> None:
+        found = candidate.scores.summary()
+        self.say.log(
+            f"{candidate.name}: agreement {found['agreement']:.4f}, on mixtures {found['agreement_mixtures']:.4f}, "
+            f"under flips {found['faulty_agreement']:.4f}"
+            f"{', loses ' + '; '.join(against) if against else ''}"
+        )
 
     def _attacked(self) -> Images:
         """Adversarial versions of some of the images to learn from, made once, through FP32."""
