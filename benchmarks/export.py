@@ -86,8 +86,8 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
     key = json.loads(json.dumps(asdict(setup)))
     if path.is_file() and not fresh:
         before = json.loads(path.read_text())
-        if before["setup"] == key:
-            figures: dict[str, Any] = before["figures"]
+        figures: dict[str, Any] = before["figures"]
+        if before["setup"] == key and "ahead_of" in figures:  # the youngest of the figures
             print(f"{arch}: measured {figures['measured']}, kept in {path}")
             show(arch, figures)
             return figures
