@@ -36,7 +36,7 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
         "",
         f"`quantize_static`: the better of MinMax and entropy ranges. `design`: {setup.design[0]:g}.",
         "",
-        "Points above the others' accuracy, image by image: what an interval holds 0 in is chance.",
+        "Points above the others' accuracy, image by image: where an interval holds 0, neither is shown to be better.",
         "",
         "| | above FP32 | above quantize_static | above NNCF |",
         "| --- " * 4 + "|",
