@@ -4,7 +4,7 @@
     2 split         the layers whose flips hurt most read copies of their input, and a flip moves less (split.py)
     3 reconstruct   scales get smaller where that costs less than flips do; codes make up for it (reconstruct.py)
     4 distill       codes and biases learn FP32's logits, golden and flipped, on clean and attacked images (distill.py)
-    5 guard         each step is measured against plain INT8 on held-out images; what loses is taken back (guard.py)
+    5 guard         each step is measured on held-out images (guard.py); what loses is not kept (verdict.py)
 
 Needed are some hundred unlabelled images and no training loop over a training set. docs/stage-3.md
 has the equations, and what was tried and dropped.
