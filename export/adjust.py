@@ -169,7 +169,7 @@ class _Stage:
         self._adversarial: Images | None = None
 
     def run(self) -> Adjusted:
-        plain = base = self._scored("plain", self.int8, self.fp32, self.ranges)
+        plain = self._scored("plain", self.int8, self.fp32, self.ranges)
         self._tell(plain)
         kept, steps = [plain], []
         for name, step in (

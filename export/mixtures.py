@@ -22,9 +22,7 @@ Indices = NDArray[np.int64]
 DRAWN = 4096
 KEPT = 1024  # of them, with the narrowest margins
 _OTHER = (0.3, 0.5)  # weight of the second image
-_NEIGHBOURS = (
-    0.2  # of the kept ones, those of like margin that say by how much such a margin changes
-)
+_NEIGHBOURS = 0.2  # of the kept ones: how many of like margin tell how much such a margin changes
 _AT_ONCE = 64
 
 
@@ -41,12 +39,12 @@ class Mixtures:
     weight: Images
 
     @classmethod
-    def draw(cls, images: Images, seed: int, number: int = DRAWN) -> Mixtures:
-        """50 to 70% of one image and the rest of another; every image is the first one equally often."""
+    def draw(cls, images: Images, seed: int) -> Mixtures:
+        """4,096 of 50 to 70% of one image and the rest of another; every image is the first one equally often."""
         rng = np.random.default_rng([seed, 1])
-        first = np.resize(rng.permutation(len(images)), number)
-        second = (first + rng.integers(1, max(len(images), 2), number)) % len(images)
-        return cls(images, first, second, rng.uniform(*_OTHER, number).astype(np.float32))
+        first = np.resize(rng.permutation(len(images)), DRAWN)
+        second = (first + rng.integers(1, max(len(images), 2), DRAWN)) % len(images)
+        return cls(images, first, second, rng.uniform(*_OTHER, DRAWN).astype(np.float32))
 
     def take(self, rows: Indices) -> Mixtures:
         """Some of them."""

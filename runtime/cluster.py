@@ -103,9 +103,7 @@ class _Run:
     latest: int = 0
     again: deque[int] = field(default_factory=deque)
     attempts: dict[int, int] = field(default_factory=dict)
-    failure: tuple[str, str, str] | None = (
-        None  # what ends it, once the rows there are have been handed over
-    )
+    failure: tuple[str, str, str] | None = None  # what ends it, once all rows are handed over
 
     def take(self, most: int) -> list[int]:
         """The next trials to begin."""

@@ -14,7 +14,7 @@ from resq_deploy.export.mixtures import DRAWN, KEPT, Doubt, Mixtures, smoothed
 @pytest.mark.parametrize("count", [1, 2, 8, 3000])
 def test_mixtures_are_of_two_images(count: int) -> None:
     images = np.eye(count, dtype=np.float32).reshape(count, 1, 1, count)
-    drawn = Mixtures.draw(images, seed=3, number=DRAWN)
+    drawn = Mixtures.draw(images, seed=3)
     parts = list(drawn)
     made = np.concatenate(parts).reshape(-1, count)
     assert max(map(len, parts)) <= 64

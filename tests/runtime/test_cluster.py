@@ -121,7 +121,9 @@ def test_what_is_no_outcome_ends_the_campaign(
         run(open_pool(Misbehaves(how), address), 60)
 
 
-def test_what_was_finished_before_is_handed_over(address: str) -> None:
+def test_what_was_finished_before_is_handed_over(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = job()
     first = next(i for i in range(60) if is_bad(work.model.trial(work.space, 0, i).flips))
     assert first
@@ -131,8 +133,7 @@ def test_what_was_finished_before_is_handed_over(address: str) -> None:
     assert [row.trial for row in rows] == list(range(first))
     assert failure[0] == "TypeError"
     pool = open_pool(Misbehaves("bug"), address)
-    assert isinstance(pool, RayPool)
-    pool._batch = lambda *_: 60  # type: ignore[method-assign]
+    monkeypatch.setattr(pool, "_batch", lambda *_: 60)
     handed = pool.run(work, iter(range(60)))
     assert [row.trial for row in next(handed)] == list(range(first))
     with pytest.raises(RuntimeError, match="a bug of ours"):
