@@ -6,8 +6,9 @@
 On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage III; onnxruntime's
 quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ. A checkpoint is taken from
 --checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
-missing is trained, and kept there. Finished networks are kept too, so an interrupted run goes on where
-it stopped (--fresh: measure again). Ends with one JSON line.
+missing is trained, and kept there. Finished parts (accuracy, flips, attacks) of each network are kept too, as long as
+stage III gives the same graph, so an interrupted run goes on where it stopped (--fresh: measure again).
+Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -18,28 +19,19 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from export_material import SPEED_BATCH, Images, Material, Setup, material, ours
+from export_material import Setup, material
 from export_page import page, spread
+from export_parts import PARTS, Graphs, needs
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
-BERS = (1e-3, 3e-3, 1e-2)
-EPS = 8 / 255
-
-Trials = dict[tuple[str, float], list[float]]
+PGD = {"FP32": "pgd_fp32", "plain": "pgd_int8_plain", "int8": "pgd_int8"}
 
 
 def main() -> None:
@@ -81,20 +73,37 @@ def main() -> None:
 
 
 def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> dict[str, Any]:
-    """The figures of one network, measured unless they are there for the same setup."""
+    """The figures of one network; a part is measured unless it is there for the same setup and the same graph."""
     path = results / f"{arch}.json"
-    key = json.loads(json.dumps(asdict(setup)))
+    found: dict[str, Any] = {}
     if path.is_file() and not fresh:
         before = json.loads(path.read_text())
-        figures: dict[str, Any] = before["figures"]
-        if before["setup"] == key and "ahead_of" in figures:  # the youngest of the figures
-            print(f"{arch}: measured {figures['measured']}, kept in {path}")
-            show(arch, figures)
-            return figures
-    measured = f"{time.strftime('%Y-%m-%d')} with {commit()}"
-    figures = {"measured": measured} | measure(arch, checkpoint(arch, folder, setup), setup)
-    path.write_text(json.dumps({"setup": key, "figures": figures}, indent=1))
-    return figures
+        found = {
+            part: before[part]
+            for part in PARTS
+            if before.get(part, {}).get("setup") == needs(part, setup)
+        }
+    if len(found) < len(PARTS):
+        graphs = Graphs(material(checkpoint(arch, folder, setup), setup), setup)
+        found = {part: old for part, old in found.items() if old["graph"] == graphs.digest}
+    for part in [part for part in PARTS if part not in found]:
+        start = time.perf_counter()
+        figures = PARTS[part](graphs)
+        print(f"{arch}: {part} measured in {time.perf_counter() - start:.0f} s", flush=True)
+        measured = f"{time.strftime('%Y-%m-%d')} with {commit()}"
+        found[part] = {
+            "setup": needs(part, setup),
+            "graph": graphs.digest,
+            "measured": measured,
+            "figures": figures,
+        }
+        path.write_text(json.dumps(found, indent=1))
+    when = {"measured": list(dict.fromkeys(found[part]["measured"] for part in PARTS))}
+    merged = when | {
+        name: value for part in PARTS for name, value in found[part]["figures"].items()
+    }
+    show(arch, merged)
+    return merged
 
 
 def commit() -> str:
@@ -130,166 +139,6 @@ def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
     return path
 
 
-def measure(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
-    """All figures of one network."""
-    import export_peers as peers
-
-    from resq_deploy.metrics import accuracy, agreement
-
-    start = time.perf_counter()
-    m = material(path, setup)
-    exact = run(m.fp32, m.test, setup)
-    plain = ours(m, setup, None)
-    adjusted = {ber: ours(m, setup, ber) for ber in setup.design}
-    first = adjusted[setup.design[0]]
-    models = {
-        f"quantize_static {way}": peers.ort_static(m.fp32, m.calibration, way)
-        for way in peers.METHODS
-    }
-    models["nncf"] = peers.nncf_ptq(m.fp32, m.calibration)
-    others = {name: run(model, m.test, setup) for name, model in models.items()}
-    mine = {"plain": deployed(plain, m.test, setup), "int8": deployed(first, m.test, setup)}
-    scores = {name: accuracy(logits, m.labels) for name, logits in (others | mine).items()}
-    agrees = {name: agreement(exact, logits) for name, logits in (others | mine).items()}
-    graphs = {"plain": plain} | {f"design {ber:g}": model for ber, model in adjusted.items()}
-    trials = under_flips(graphs, m, setup)
-    best = max((k for k in scores if k.startswith("quantize")), key=lambda k: scores[k])
-    rivals = {"fp32": exact, "quantize_static": others[best], "nncf": others["nncf"]}
-    flips = {key: interval(shares) for key, shares in trials.items()}
-    chosen = f"design {setup.design[0]:g}"
-    figures = {
-        "fp32": accuracy(exact, m.labels),
-        "fp32_of_flipped": accuracy(exact[: setup.faulty], m.labels[: setup.faulty]),
-        "int8": scores["int8"],
-        "int8_plain": scores["plain"],
-        "agreement": agrees["int8"],
-        "agreements": agrees,
-        "quantize_static": max(v for k, v in scores.items() if k.startswith("quantize")),
-        "quantize_static_by_method": {k: v for k, v in scores.items() if k.startswith("quantize")},
-        "nncf": scores["nncf"],
-        "ahead_of": {k: ahead(mine["int8"], v, m.labels) for k, v in rivals.items()},
-        "int8_at_ber": {f"{b:g}": [flips["plain", b][0], flips[chosen, b][0]] for b in BERS},
-        "flips": [[name, ber, *value] for (name, ber), value in flips.items()],
-        "gains": gains(trials),
-        "recovered": recovered(trials, accuracy(exact[: setup.faulty], m.labels[: setup.faulty])),
-        **attacks(m, {"fp32": m.fp32, "plain": plain, "int8": first}, setup),
-        "tensorrt_rtx": builds(first),
-        "seconds": round(time.perf_counter() - start),
-    }  # fmt: skip
-    show(arch, figures)
-    return figures
-
-
-def run(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np.float32]:
-    """Logits by stock ONNX Runtime."""
-    import export_peers as peers
-
-    session = peers.session(model, setup.threads)
-    parts = [session(images[i : i + SPEED_BATCH])[0] for i in range(0, len(images), SPEED_BATCH)]
-    logits: NDArray[np.float32] = np.concatenate(parts)
-    return logits
-
-
-def deployed(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np.float32]:
-    """Logits by the runner that resq-validate uses."""
-    from resq_deploy.runtime.ort import OrtRunner
-
-    with OrtRunner(model, threads=setup.threads) as runner:
-        return runner(images)
-
-
-def ahead(
-    logits: NDArray[np.float32], rival: NDArray[np.float32], labels: NDArray[np.int64]
-) -> tuple[float, float, float]:
-    """What accuracy is above a rival's, image by image: mean, low and high of the 95% interval."""
-    from resq_deploy.metrics import top1
-
-    right, other = (top1(x) == labels for x in (logits, rival))
-    return interval((right.astype(np.float64) - other).tolist())
-
-
-def under_flips(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -> Trials:
-    """(graph, BER) -> accuracy of each trial; flips by the same seeds for every graph."""
-    from resq_deploy.fault_models import parse, trial_rng
-    from resq_deploy.memory import fault_space
-    from resq_deploy.metrics import accuracy
-    from resq_deploy.runtime.ort import OrtRunner
-
-    images, labels = m.test[: setup.faulty], m.labels[: setup.faulty]
-    found: Trials = {}
-    for name, model in models.items():
-        if name != "plain" and model == models["plain"]:
-            found |= {(name, ber): found["plain", ber] for ber in BERS}
-            continue
-        space = fault_space(model).select(kinds=("weights",))
-        with OrtRunner(model, threads=setup.threads) as runner:
-            for ber in BERS:
-                fault = parse(f"ber:{ber:g}")
-                shares = []
-                for trial in range(setup.trials_at(ber)):
-                    with runner.faults(fault.sample(space, trial_rng(setup.seed, trial))):
-                        shares.append(accuracy(runner(images), labels))
-                found[name, ber] = shares
-    return found
-
-
-def gains(trials: Trials) -> list[list[Any]]:
-    """[graph, BER, mean, low, high]: accuracy above that of plain INT8, trial by trial, 95%."""
-    return [
-        [name, ber, *interval(np.subtract(shares, trials["plain", ber]).tolist())]
-        for (name, ber), shares in trials.items()
-        if name != "plain"
-    ]
-
-
-def recovered(trials: Trials, fp32: float) -> list[list[Any]]:
-    """[graph, BER, share, low, high]: of what plain INT8 loses, what a graph takes back; trial by trial, 95%."""
-    lost = {ber: fp32 - float(np.mean(trials["plain", ber])) for _, ber in trials}
-    return [
-        [name, ber, *(round(v / lost[ber], 3) for v in gained)]
-        for name, ber, *gained in gains(trials)
-        if lost[ber] > 0
-    ]
-
-
-def interval(shares: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, low and high of the 95% interval."""
-    mean, error = float(np.mean(shares)), float(stats.sem(shares))
-    half = error * float(stats.t.ppf(0.975, len(shares) - 1))
-    return mean, mean - half, mean + half
-
-
-def attacks(m: Material, models: dict[str, onnx.ModelProto], setup: Setup) -> dict[str, float]:
-    """Accuracy under white-box PGD-20 at 8/255, each graph attacked through itself."""
-    from resq_deploy.bundle import Sample
-    from resq_deploy.export.craft import craft
-    from resq_deploy.export.twin import Twin
-    from resq_deploy.metrics import accuracy
-
-    count = setup.attacked
-    sample = Sample(m.test[:count], m.labels[:count], np.arange(count))
-    names = {"fp32": "pgd_fp32", "plain": "pgd_int8_plain", "int8": "pgd_int8"}
-    found = {}
-    for name, model in models.items():
-        hard = craft(Twin(model), sample, "pgd", EPS, steps=20, seed=setup.seed)
-        logits = run(model, hard, setup) if name == "fp32" else deployed(model, hard, setup)
-        found[names[name]] = accuracy(logits, sample.labels)
-    return found
-
-
-def builds(model: onnx.ModelProto) -> str:
-    """TensorRT-RTX's version if it builds the file, else its reason."""
-    from resq_deploy.errors import ResqError
-    from resq_deploy.export.engine import build_engine
-
-    with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, f"{folder}/model.onnx")
-        try:
-            return build_engine(f"{folder}/model.onnx", f"{folder}/model.plan", sm=("86",)).version
-        except ResqError as error:
-            return f"failed: {error}"
-
-
 def show(arch: str, f: dict[str, Any]) -> None:
     """One network's table."""
     print(f"\n{arch}: top-1 %, FP32 {100 * f['fp32']:.2f}")
@@ -301,8 +150,10 @@ def show(arch: str, f: dict[str, Any]) -> None:
     }
     for name, value in rows.items():
         print(f"  {name:28s}{100 * value:8.2f}   agreement {100 * f['agreements'][name]:.2f}")
-    print(f"  PGD-20 8/255: FP32 {100 * f['pgd_fp32']:.2f}, plain {100 * f['pgd_int8_plain']:.2f}, "
-          f"int8 {100 * f['pgd_int8']:.2f};  TensorRT-RTX: {f['tensorrt_rtx']}")  # fmt: skip
+    shares = (f"{who} {100 * f[key]:.2f}" for who, key in PGD.items())
+    above = spread(f["pgd_ahead_of_fp32"]["int8"], 2)
+    print(f"  PGD-20 8/255: {', '.join(shares)}: {above} points above FP32")
+    print(f"  TensorRT-RTX: {f['tensorrt_rtx']}")
     for name in dict.fromkeys(name for name, *_ in f["flips"]):
         cells = [
             f"{ber:g}: {100 * mean:.2f} [{100 * low:.2f}, {100 * high:.2f}]"

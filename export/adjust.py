@@ -31,6 +31,7 @@ from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.guard import Guard, Scores
+from resq_deploy.export.heap import give_back
 from resq_deploy.export.mixtures import Doubt, Mixtures
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.split import split
@@ -179,6 +180,7 @@ class _Stage:
             ("distill", self._distilled),
         ):
             base = kept[-1]
+            give_back()
             candidate, told = step(base)
             steps.append({"step": name, **told} | self._judge(candidate, kept))
         for share in _SHARES if kept[-1] is not candidate else ():
@@ -277,6 +279,7 @@ class _Stage:
     def _scored(
         self, name: str, model: onnx.ModelProto, fp32: onnx.ModelProto, ranges: Mapping[str, Range]
     ) -> Candidate:
+        give_back()
         return Candidate(name, model, fp32, ranges, self.guard.measure(model, name))
 
     def _fp32(self, batches: Mixtures) -> NDArray[np.float32]:

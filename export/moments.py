@@ -21,6 +21,7 @@ Images = NDArray[np.float32]
 
 MOST_INPUTS = 8192  # of a layer: its matrix is the square of that
 _ROWS = 16384  # patches that a matrix is averaged over
+_COLUMNS = 1024  # of a matrix that are summed at once: its products take no second matrix
 _PASS_BYTES = 384 * 2**20  # of matrices that one pass over the images fills
 
 
@@ -101,19 +102,34 @@ def second_moments(
     Some thousand patches of all images are drawn; passes over the images bound memory, not the number of layers.
     """
     for part in _passes(found):
-        sums = [torch.zeros(layer.groups, layer.inputs, layer.inputs) for layer in part]
-        counts = [0] * len(part)
-        generator = torch.Generator().manual_seed(seed)
-        probe = Probe(fp32, [layer.source for layer in part], threads)
-        for size, values in probe.run(images):
-            wanted = -(-_ROWS * size // len(images))
-            for k, layer in enumerate(part):
-                x = _rounded(values[layer.source], ranges.get(layer.source))
-                rows = patches(layer, x, wanted, generator)
-                sums[k] += rows.transpose(1, 2) @ rows
-                counts[k] += rows.shape[1]
-        for layer, count in zip(part, counts, strict=True):
-            yield layer, sums.pop(0).div_(max(count, 1))
+        means = _means(fp32, part, ranges, images, seed, threads)
+        for layer in part:
+            yield layer, means.pop(0)
+
+
+def _means(
+    fp32: onnx.ModelProto,
+    part: Sequence[Layer],
+    ranges: Mapping[str, HasScale],
+    images: Images,
+    seed: int,
+    threads: int | None,
+) -> list[Tensor]:
+    """E[x x^T] of some layers, in one pass over the images."""
+    sums = [torch.zeros(layer.groups, layer.inputs, layer.inputs) for layer in part]
+    counts = [0] * len(part)
+    generator = torch.Generator().manual_seed(seed)
+    probe = Probe(fp32, [layer.source for layer in part], threads)
+    for size, values in probe.run(images):
+        wanted = -(-_ROWS * size // len(images))
+        for k, layer in enumerate(part):
+            x = _rounded(values[layer.source], ranges.get(layer.source))
+            rows = patches(layer, x, wanted, generator)
+            for start in range(0, layer.inputs, _COLUMNS):
+                block = slice(start, start + _COLUMNS)
+                sums[k][:, :, block] += rows.transpose(1, 2) @ rows[:, :, block]
+            counts[k] += rows.shape[1]
+    return [total.div_(max(count, 1)) for total, count in zip(sums, counts, strict=True)]
 
 
 def _passes(found: Sequence[Layer]) -> Iterator[list[Layer]]:

@@ -6,7 +6,7 @@
 
 A bare name compares the mean, because that is the figure people read in the table; such a verdict can be luck where the
 interval reaches across the threshold, and `Requirement.certain` says so. `low(...)` and `high(...)` compare the ends of
-the interval: for evidence, use `low` with >= and `high` with <=.
+the interval: for evidence, use `low` with >= and `high` with <=. A figure that counted nothing meets no requirement.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _judge(expression: Expression, name: str, figure: Figure) -> Requirement:
     compare = _COMPARE[expression.operator]
     value = float(getattr(figure, expression.compared))
     ends = {compare(figure.low, expression.threshold), compare(figure.high, expression.threshold)}
-    met = compare(value, expression.threshold)
+    met = figure.n > 0 and compare(value, expression.threshold)
     return Requirement(
         expression=expression.text,
         figure=name,

@@ -72,8 +72,8 @@ def sample_size(locations: int, margin: float, confidence: float = 0.95, share: 
     return math.ceil(locations / (1 + margin**2 * (locations - 1) / (t**2 * share * (1 - share))))
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """Wilson's score interval of a share of independent trials (1927).
+def wilson(successes: float, trials: int, confidence: float = 0.95) -> Estimate:
+    """Wilson's score interval of a share of independent trials (1927); `successes` may be a mean of counts.
 
     Its coverage is the confidence on average over shares, and a little below it for some.
     """
@@ -249,7 +249,7 @@ def _check(confidence: float) -> None:
         raise CampaignError(f"a confidence of {confidence:g}", "between 0 and 1, such as 0.95")
 
 
-def _check_counts(successes: int, trials: int, confidence: float) -> None:
+def _check_counts(successes: float, trials: int, confidence: float) -> None:
     _check(confidence)
     if not 0 <= successes <= trials or trials < 1:
         raise CampaignError(f"{successes} of {trials} trials is not a share")

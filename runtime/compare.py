@@ -22,7 +22,9 @@ from resq_deploy.budget import ATTACKS
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
 from resq_deploy.report.model import Figure, Report
+from resq_deploy.runtime import evidence
 from resq_deploy.runtime.corruptions import MEAN
+from resq_deploy.statistics import wilson
 
 Threat = Literal["faults", "attacks"]
 Effect = Literal["helps", "hurts", "undecided"]
@@ -34,7 +36,10 @@ _STAGES = {"I": {"stage I", "1"}, "II": {"stage II", "2"}}
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A bundle and the figures that a validation found. `stages`: of hardening, among I, II, III."""
+    """A bundle and the figures that a validation found. `stages`: of hardening, among I, II, III.
+
+    Intervals of `figures` are over images as well as faults: a network is compared with another, not a sample.
+    """
 
     name: str
     stages: tuple[str, ...]
@@ -55,7 +60,7 @@ class Subject:
                 f"{path} has no report of this very artifact beside it",
                 f"resq-validate {path} --joint",
             )
-        return cls(_name(Path(path)), stages_of(bundle), report.figures)
+        return cls(_name(Path(path)), stages_of(bundle), _over_images(report))
 
     @property
     def label(self) -> str:
@@ -158,6 +163,35 @@ def stages_of(bundle: Bundle) -> tuple[str, ...]:
     return (*found, "III") if bundle.manifest.adjustment.applied else tuple(found)
 
 
+def _over_images(report: Report) -> dict[str, Figure]:
+    """A report's figures, those of campaigns widened by what other images of the same kind would have given."""
+    images = {
+        name: c.images
+        for c in report.campaigns
+        for name in evidence.campaign_names(c.fault, c.on).values()
+    }
+    return {
+        name: widened(figure, images[name]) if name in images else figure
+        for name, figure in report.figures.items()
+    }
+
+
+def widened(figure: Figure, images: int) -> Figure:
+    """A mean over trials whose interval counts the images as drawn too; as it is where nothing was measured.
+
+    Each end moves out to the root of the sum of squares of its distance and of that of Wilson's interval for
+    `images`. An image is right in some trials and wrong in others, which scatters less than right or wrong for
+    good, as Wilson's has it: the interval is a little too wide.
+    """
+    if not figure.n or not images:
+        return figure
+    other = wilson(min(max(figure.mean, 0.0), 1.0) * images, images, figure.confidence)
+    low = figure.mean - hypot(figure.mean - figure.low, other.mean - other.low)
+    high = figure.mean + hypot(figure.high - figure.mean, other.high - other.mean)
+    ends = {"low": max(low, 0.0), "high": min(high, 1.0)}
+    return figure.model_copy(update={**ends, "method": f"{figure.method}, images by Wilson"})
+
+
 def difference(name: str, before: Figure, after: Figure) -> Change:
     """after - before, by Newcombe's combination of their intervals (1998, method 10).
 
@@ -177,8 +211,8 @@ def verdict(steps: Iterable[Step]) -> str:
     """
     single = [s for s in steps if len(s.against) == 1]
     sound = [s for s in single if not s.failed]
-    crossed = [s.attack.effect for s in sound if s.against == ("faults",)]
-    back = [s.fault.effect for s in sound if s.against == ("attacks",)]
+    crossed = [s.attack for s in sound if s.against == ("faults",)]
+    back = [s.fault for s in sound if s.against == ("attacks",)]
     left_out = "".join(
         f" {s.before} -> {s.after} is left out: it lowered what it was meant to raise."
         for s in single
@@ -193,21 +227,30 @@ def verdict(steps: Iterable[Step]) -> str:
     return f"{there} {again} {_conclusion(crossed, back)}{left_out}"
 
 
-def _conclusion(crossed: Sequence[Effect], back: Sequence[Effect]) -> str:
+def _conclusion(crossed: Sequence[Change], back: Sequence[Change]) -> str:
     if not crossed or not back:
         return "Asymmetry needs both kinds of step."
-    if "helps" in crossed and "hurts" not in crossed and "helps" not in back:
+    if _exceeds(crossed, back) and not any(c.effect == "hurts" for c in crossed):
         return "So it is asymmetric, as RESQ finds."
-    if "helps" in back and "helps" not in crossed:
+    if _exceeds(back, crossed):
         return "So it is the other way round than RESQ finds."
-    if "helps" in crossed and "helps" in back:
+    if all(any(c.effect == "helps" for c in changes) for changes in (crossed, back)):
         return "So each helps the other, and no asymmetry is shown."
     return "No asymmetry is shown by these figures."
 
 
-def _tally(what: str, which: str, effects: Sequence[Effect]) -> str:
-    if not effects:
+def _exceeds(one: Iterable[Change], other: Sequence[Change]) -> bool:
+    """Whether the one helps by more points than the other can have: an interval that holds 0 does not rule help out."""
+    most = max(c.high for c in other)
+    return not any(c.effect == "helps" for c in other) and any(
+        c.effect == "helps" and c.low > most for c in one
+    )
+
+
+def _tally(what: str, which: str, changes: Sequence[Change]) -> str:
+    if not changes:
         return f"No step is {what[0].lower() + what[1:]} alone."
+    effects = [change.effect for change in changes]
     words = {"helps": "raised", "hurts": "lowered", "undecided": "did not clearly change"}
     parts = [f"{words[e]} it in {effects.count(e)}" for e in words if e in effects]
     first, *rest = parts

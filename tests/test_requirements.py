@@ -161,3 +161,13 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except RequirementError as error:
         hint = error.hint
     assert hint
+
+
+@pytest.mark.parametrize("text", ["sdc1@seu < 1%", "low(sdc1@seu) <= 0", "sdc1@seu >= 0"])
+def test_what_counted_nothing_meets_nothing(text: str) -> None:
+    nothing = Figure(mean=0.0, low=0.0, high=1.0, confidence=0.95, method="betting", n=0)
+
+    (judged,) = requirements.judge([requirements.parse(text)], {"sdc1@seu": nothing})
+
+    assert not judged.met
+    assert not judged.certain or text == "sdc1@seu >= 0"

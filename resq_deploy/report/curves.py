@@ -64,7 +64,8 @@ def _series(report: Report) -> list[Series]:
     bases |= {words.attack_name(a): a.robust for a in report.attacks}
     lines = []
     for on in dict.fromkeys(c.on for c in report.campaigns):
-        swept = [c for c in report.campaigns if c.on == on and words.bit_error_rate(c.fault)]
+        here = [c for c in report.campaigns if c.on == on and c.accuracy.n]
+        swept = [c for c in here if words.bit_error_rate(c.fault)]
         points = [
             Point(words.bit_error_rate(c.fault) or 0, c.accuracy, _quantiles(c)) for c in swept
         ]

@@ -152,7 +152,10 @@ def figures(report: Report) -> Safe:
 
 def _requirement(requirement: Requirement) -> tuple[Child, ...]:
     measured = requirement.measured
-    doubt = "" if requirement.certain else "the interval reaches across the threshold"
+    counted = measured is None or measured.n > 0
+    doubt = (
+        "the interval reaches across the threshold" if counted and not requirement.certain else ""
+    )
     state = "met" if requirement.met else "not met"
     return (
         tag("code", requirement.expression),

@@ -88,13 +88,17 @@ def _requirements(report: Report) -> Table:
     table.add_column("verdict", no_wrap=True)
     for requirement in report.requirements:
         verdict = Text("met", "green") if requirement.met else Text("not met", "bold red")
-        if not requirement.certain:
+        if requirement.measured and not requirement.measured.n:
+            verdict.append(" (nothing counted)", "yellow")
+        elif not requirement.certain:
             verdict.append(" (uncertain)", "yellow")
         table.add_row(Text(requirement.expression), _compared(requirement), verdict)
     return table
 
 
 def _compared(requirement: Requirement) -> str:
+    if requirement.measured and not requirement.measured.n:
+        return words.NOT_MEASURED
     digits = words.decimals(requirement.measured) if requirement.measured else 2
     end = "" if requirement.compared == "mean" else f"{requirement.compared} "
     return end + words.percent(requirement.value, digits)

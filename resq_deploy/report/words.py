@@ -43,6 +43,7 @@ GLOSSARY = {
     "interval": "Where the true figure lies, at the stated confidence, given how much was measured.",
     "bit 7": "The most significant bit of an INT8 weight, its sign; bit 0 is the least significant.",
 }
+NOT_MEASURED = "not measured"
 _NORMS = {"linf": "L-inf", "l2": "L2"}
 _FIXED_FAULTS = {
     "seu": "one random bit flipped",
@@ -74,7 +75,12 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def mean(figure: Figure) -> str:
-    """`91.8%`, with as many digits as the interval supports, and as a small share needs not to look like none."""
+    """`91.8%`, with as many digits as the interval supports, and as a small share needs not to look like none.
+
+    `not measured` where nothing was counted.
+    """
+    if not figure.n:
+        return NOT_MEASURED
     digits = decimals(figure)
     while 0 < round(figure.mean * 100, 5) < 0.5 * 10**-digits and digits < 5:
         digits += 1
@@ -82,7 +88,9 @@ def mean(figure: Figure) -> str:
 
 
 def interval(figure: Figure) -> str:
-    """`90.1\u201393.2%`; an end that is exactly 0 or 100% has no digits."""
+    """`90.1\u201393.2%`; an end that is exactly 0 or 100% has no digits; a dash where nothing was counted."""
+    if not figure.n:
+        return "\u2013"
     low, high = (_end(share, decimals(figure)) for share in (figure.low, figure.high))
     return f"{low}\u2013{high}%"
 
@@ -92,8 +100,8 @@ def _end(share: float, digits: int) -> str:
 
 
 def both(figure: Figure) -> str:
-    """`91.8% (90.1\u201393.2%)`."""
-    return f"{mean(figure)} ({interval(figure)})"
+    """`91.8% (90.1\u201393.2%)`; `not measured`."""
+    return f"{mean(figure)} ({interval(figure)})" if figure.n else NOT_MEASURED
 
 
 def points(difference: float) -> str:
@@ -244,8 +252,8 @@ def verdict(report: Report) -> str:
 
 
 def worst(report: Report) -> Campaign | None:
-    """The campaign on unaltered images that cost most accuracy; None where there was none."""
-    clean = [c for c in report.campaigns if c.on == "clean"]
+    """The campaign on unaltered images that cost most accuracy; None where none reached a bit."""
+    clean = [c for c in report.campaigns if c.on == "clean" and c.accuracy.n]
     return min(clean, key=lambda c: c.accuracy.mean, default=None)
 
 
@@ -268,7 +276,8 @@ def findings(report: Report) -> list[str]:
 
 def worst_of_both(report: Report) -> tuple[str, Figure] | None:
     """The lowest accuracy with attack and faults together, and what they were; None where that was not run."""
-    found = [(campaign_name(c), c.accuracy) for c in report.campaigns if c.on != "clean"]
+    tried = [c for c in report.campaigns if c.on != "clean" and c.accuracy.n]
+    found = [(campaign_name(c), c.accuracy) for c in tried]
     found += [
         (f"{fault_name(j.fault)} known to the attacker, on {attack_name(j)}", j.aware)
         for j in report.joint
@@ -299,7 +308,11 @@ def _fault_findings(report: Report) -> list[str]:
             f"{change} against the same images without faults."
         )
     for campaign in report.campaigns:
-        if campaign.on == "clean" and campaign.fault in ("seu", "sbu"):
+        if not campaign.accuracy.n:
+            said.append(
+                f"{campaign_name(campaign)}: no trial could reach the memory; nothing was measured."
+            )
+        elif campaign.on == "clean" and campaign.fault in ("seu", "sbu"):
             said.append(
                 f"One flipped bit changes the answer for {both(campaign.sdc1)} of the images."
             )

@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime.compare import Change, Subject, compare, difference, pairs, stages_of
-from resq_deploy.statistics import wilson
+from resq_deploy.runtime import evidence
+from resq_deploy.runtime.compare import (
+    Change,
+    Subject,
+    compare,
+    difference,
+    pairs,
+    stages_of,
+    widened,
+)
+from resq_deploy.statistics import Tally, wilson
 from tests.bundles import write_bundle
+from tests.report import example
 
 FAULT, ATTACK = "accuracy@ber=1e-2", "robust@pgd,eps=8/255"
 
@@ -162,3 +173,53 @@ def test_an_effect_needs_an_interval_off_zero() -> None:
     assert Change("x", 0.1, 0.01, 0.2).effect == "helps"
     assert Change("x", -0.1, -0.2, -0.01).effect == "hurts"
     assert Change("x", 0.1, -0.01, 0.2).effect == "undecided"
+
+
+def test_equally_good_networks_are_told_apart_no_more_often_than_chance() -> None:
+    """Trials on the same 256 images say much of faults and little of networks: some images are hard for either."""
+    rng, images, trials = default_rng(0), 256, 300
+    apart = as_counted = 0
+    for _ in range(100):
+        found = []
+        for _ in range(2):
+            right = (
+                rng.random(images) < 0.9
+            )  # of the images without faults; a fault costs some of them
+            tally = Tally(images)
+            for hits in rng.binomial(int(right.sum()), 0.99, trials):
+                tally.add(int(hits))
+            found.append(evidence.figure(tally.estimate()))
+        as_counted += difference("x", *found).effect != "undecided"
+        apart += difference("x", *(widened(f, images) for f in found)).effect != "undecided"
+    assert apart <= 8
+    assert as_counted > 50  # what intervals over faults alone would have said
+
+
+def test_figures_of_campaigns_count_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path / "net.resq")
+    report = example.report()
+    monkeypatch.setattr("resq_deploy.runtime.contents.nearby_report", lambda _: report)
+
+    figures = Subject.of(tmp_path / "net.resq").figures
+
+    for name, before in report.figures.items():
+        wider = figures[name].low < before.low and figures[name].high > before.high
+        assert wider == (
+            ("@ber=" in name and "aware" not in name) or "@seu" in name or "@mbu" in name
+        )
+    assert figures["accuracy@ber=1e-4"].mean == report.figures["accuracy@ber=1e-4"].mean
+
+
+def test_what_was_not_measured_is_not_widened() -> None:
+    nothing = Figure(mean=0.0, low=0.0, high=1.0, confidence=0.95, method="betting", n=0)
+    assert widened(nothing, 256) is nothing
+
+
+def test_what_may_help_as_much_is_no_asymmetry() -> None:
+    rows = [subject("", 0.5, 0.50), subject("I", 0.53, 0.6), subject("I+II", 0.8, 0.66)]
+    found = compare(rows)
+    assert found.steps[0].fault.effect == "undecided"
+    assert found.steps[1].attack.effect == "helps"
+    assert "No asymmetry is shown" in found.verdict
