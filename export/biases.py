@@ -15,7 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 _LAYERS = ("Conv", "Gemm")
-_LARGEST = 2**22  # units: beyond, float32 cannot tell neighbouring multiples apart with certainty
+LARGEST = 2**22  # units: beyond, float32 cannot tell neighbouring multiples apart with certainty
 
 
 def snap_biases(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -62,4 +62,4 @@ def _snapped(
     unit: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     count = np.rint(bias / unit)
-    return np.where(np.abs(count) < _LARGEST, (count * unit).astype(np.float32), bias)
+    return np.where(np.abs(count) < LARGEST, (count * unit).astype(np.float32), bias)

@@ -25,6 +25,7 @@ from resq_deploy.errors import DataError, ModelError
 from resq_deploy.export import histogram as methods
 from resq_deploy.export import ranges
 from resq_deploy.export.fisher import rounding_divergence
+from resq_deploy.export.heap import give_back
 from resq_deploy.export.histogram import Histogram
 from resq_deploy.quantization import MIN_SCALE, QMAX
 
@@ -198,6 +199,7 @@ class Probe:
             raise ModelError(f"the graph computes no tensor {missing[0]!r}")
         self._outputs = [t for t in self.tensors if t in inside]
         self._session = _session(with_outputs(fp32, self._outputs), threads)
+        give_back()  # the copies of the graph that the session was made of
         batch = self._input.type.tensor_type.shape.dim[0]
         self._fixed = batch.dim_value if batch.HasField("dim_value") else 0
         self.chunk = self._fixed or 1

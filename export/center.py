@@ -109,7 +109,7 @@ def center(
     fold.replace(copy.graph.node, order)
     made_of = (numpy_helper.from_array(value, name) for name, value in arrays.items())
     fold.replace(copy.graph.initializer, made_of)
-    return copy, record
+    return fold.compact(copy), record
 
 
 def _written(

@@ -249,7 +249,7 @@ def equalize(
             record.append({"into": name, "channels": channels, "gain_db": round(gain, 2)})
     for tensor in copy.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
-    return copy, record
+    return fold.compact(copy), record
 
 
 def least_noise(

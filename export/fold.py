@@ -44,6 +44,15 @@ def replace(field: Any, values: Iterable[Any]) -> None:
     field.extend(items)
 
 
+def compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same message in memory of its own: what is overwritten in a protobuf stays for as long as its arena.
+
+    An INT8 graph of 11 MB that was made by replacing the weights of a copy took 64.
+    """
+    made: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    return made
+
+
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """Shapes of all tensors as far as they can be inferred; None for a dimension that is not fixed."""
     graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from resq_deploy import quantization
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold
+from resq_deploy.export.biases import LARGEST
 from resq_deploy.export.halves import as_half_scales
 from resq_deploy.export.rules import Plan, Weight, plan
 
@@ -90,8 +91,10 @@ def quantize_graph(
             scale = (weight_scales or {}).get(weight.name)
             if scale is None:
                 scale = quantization.weight_scales(values, weight.axis)
+            code = (codes or {}).get(weight.name)
+            scale, code = _with_room(scale, code, values, weight, _least(node, arrays, scales))
             scale = as_half_scales(scale) if half_scales else scale
-            chosen = _codes(weight, values, scale, (codes or {}).get(weight.name))
+            chosen = _codes(weight, values, scale, code)
             node.input[1] = edited.weight(weight, *chosen)
         for position, name in enumerate(node.input):
             if (node.name, position) in where.reads:
@@ -103,7 +106,41 @@ def quantize_graph(
     fold.replace(model.graph.node, edited.nodes)
     fold.replace(model.graph.initializer, [*kept, *edited.tensors])
     fold.drop_unused(model.graph)
-    return model
+    return fold.compact(model)
+
+
+def _least(
+    node: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto], scales: Mapping[str, float]
+) -> NDArray[np.float32]:
+    """Scales below which the bias of a channel is more than an integer kernel holds: |b| / (s_x 2^22), or 0.
+
+    Such a kernel keeps b in units of s_x s_w as INT32. A channel whose weights all but vanished, as where a batch
+    normalization's factor decayed to 0, would have steps so small that its bias saturates, and it is all there is.
+    """
+    bias = arrays.get(node.input[2]) if len(node.input) > 2 else None
+    if bias is None or node.input[0] not in scales:
+        return np.zeros(1, np.float32)
+    value = np.abs(numpy_helper.to_array(bias).astype(np.float64).reshape(-1))
+    return (value / (scales[node.input[0]] * LARGEST)).astype(np.float32)
+
+
+def _with_room(
+    scale: NDArray[np.float32],
+    codes: NDArray[np.int8] | None,
+    values: NDArray[Any],
+    weight: Weight,
+    least: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.int8] | None]:
+    """Scales no smaller than that, and codes that are rounded anew where one was raised."""
+    fits = scale.ndim == 1 and least.size in (1, scale.size) and bool((scale > 0).all())
+    if not fits or (scale >= least).all():
+        return scale, codes
+    raised = np.maximum(scale, least)
+    if codes is not None:
+        new = quantization.quantize(values, raised, weight.axis)
+        where = quantization.channelwise(raised > scale, values.ndim, weight.axis)
+        codes = np.where(where, new, codes)
+    return raised, codes
 
 
 def _codes(

@@ -138,7 +138,7 @@ def _rewritten(
             node.input[0] = name
         nodes.append(node)
     fold.replace(model.graph.node, nodes)
-    return model, sources
+    return fold.compact(model), sources
 
 
 def _input_axis(node: onnx.NodeProto, ndim: int) -> int:

@@ -57,14 +57,9 @@ class FaultList(FaultModel):
     def trial(self, space: FaultSpace, seed: int, trial: int) -> Drawn:
         """Trial `trial` of the list, from 0; the seed plays no part."""
         faults = self.trials[trial]
-        layers = {space.check(fault).layer for fault in faults}
-        bits = {fault.bit for fault in faults}
-        return Drawn(
-            space.flips_of(faults),
-            len(faults),
-            layers.pop() if len(layers) == 1 else None,
-            bits.pop() if len(bits) == 1 else None,
-        )
+        layers = [space.check(fault).layer for fault in faults]
+        place = (layers[0], faults[0].bit) if len(faults) == 1 else (None, None)
+        return Drawn(space.flips_of(faults), len(faults), *place)
 
 
 def read_fault_list(path: str | os.PathLike[str]) -> FaultList:

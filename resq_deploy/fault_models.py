@@ -39,7 +39,7 @@ _ATTRIBUTED = (
 class Drawn:
     """One trial: the flips, and how many locations were drawn (more than flips, where a stuck bit already was so).
 
-    `layer`, `bit`: what all drawn locations share, None where they share none.
+    `layer`, `bit`: what all drawn locations share, None where they share none or are several events.
     """
 
     flips: Flips
@@ -51,13 +51,16 @@ class Drawn:
 class FaultModel(ABC):
     """Base of every fault model: a subclass names itself in `word`, says what it `takes`, and writes `draw`.
 
-    `argument` is what stands behind the colon: None, a count (int >= 1) or a rate (float in (0, 1)).
+    `event`: a trial is one event at one place, however many bits it flips; where it is several, the tables by layer
+    and bit leave it out unless only one location was drawn. `argument` is what stands behind the colon: None, a count
+    (int >= 1) or a rate (float in (0, 1)).
     """
 
     word: ClassVar[str]
     about: ClassVar[str]
     takes: ClassVar[Takes] = "nothing"
     needs: ClassVar[bool] = True  # whether the argument has to be given
+    event: ClassVar[bool] = True
 
     def __init__(self, argument: int | float | None = None) -> None:
         self.argument = argument
@@ -102,7 +105,8 @@ class FaultModel(ABC):
         """Trial number `trial` of seed `seed`: the same on every machine, however trials are split among workers."""
         locations = self.draw(space, trial_rng(seed, trial))
         flips = space.flips(self.effective(space, locations))
-        return Drawn(flips, locations.size, *_shared(space, locations))
+        alone = self.event or locations.size == 1
+        return Drawn(flips, locations.size, *(_shared(space, locations) if alone else (None, None)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FaultModel) and (type(self), self.name) == (
@@ -202,6 +206,7 @@ class RandomBits(FaultModel):
     """K different bits, uniform over the fault space."""
 
     word, about, takes = "bits", "so many different bits, uniform over the fault space", "count"
+    event = False
 
     def draw(self, space: FaultSpace, rng: np.random.Generator) -> Locations:
         return distinct(rng, space.size, _count(self))
@@ -212,6 +217,7 @@ class BitErrorRate(FaultModel):
     """Each bit of the fault space independently with probability P."""
 
     word, about, takes = "ber", "bit error rate: each bit independently with this chance", "rate"
+    event = False
 
     def draw(self, space: FaultSpace, rng: np.random.Generator) -> Locations:
         return bernoulli(rng, space.size, _rate(self))
@@ -252,7 +258,7 @@ class AdjacentBits(FaultModel):
 class StuckAt(FaultModel):
     """Bits that can hold one value only; where golden memory has that value already, nothing changes."""
 
-    takes, needs = "count or rate", False
+    takes, needs, event = "count or rate", False, False
     held: ClassVar[int]
 
     def different(self, space: FaultSpace) -> int | None:

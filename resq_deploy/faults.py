@@ -108,6 +108,12 @@ class FaultSpace:
             patterns = tuple(layers)
             kept = tuple(m for m in kept if _matches(m, patterns))
         space = FaultSpace(kept, bits)
+        if space.size == 0 and kept:
+            widest = max(m.width for m in kept)
+            raise FaultError(
+                f"no weight memory has the bits {', '.join(map(str, bits or ()))}",
+                f"they go from 0 to {widest - 1} there",
+            )
         if space.size == 0:
             some = ", ".join(self.layers[:6])
             raise FaultError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,20 +55,31 @@ class Outcome:
     due: int
 
 
-def classify(golden: Logits, faulty: Logits, labels: NDArray[np.int64]) -> Outcome:
-    """Compare a faulty run with the golden run of the same images; both float32 [B, classes]."""
+def classify(
+    golden: Logits, faulty: Logits, labels: NDArray[np.int64], versions: int = 1
+) -> Outcome:
+    """Compare a faulty run with the golden run of the same images; both float32 [B, classes].
+
+    `versions`: the batch is so many blocks of the same B / versions images, each altered otherwise. An image is then
+    right or masked where all its versions are, and corrupted where any is.
+    """
     before, after = top1(golden), top1(faulty)
     right = after == labels
     same = (golden.view(np.uint32) == faulty.view(np.uint32)).all(axis=1)
     broken = ~np.isfinite(faulty).all(axis=1)
+    stood, stands = ((x.reshape(versions, -1)).all(axis=0) for x in (before == labels, right))
+
+    def any_of(rows: Any) -> int:
+        return int(rows.reshape(versions, -1).any(axis=0).sum())
+
     return Outcome(
-        images=labels.size,
-        correct=int(right.sum()),
-        masked=int(same.sum()),
-        sdc1=int((before != after).sum()),
-        sdc5=int((~_in_top5(faulty, before)).sum()),
-        critical=int(((before == labels) & ~right).sum()),
-        due=int(broken.sum()),
+        images=labels.size // versions,
+        correct=int(stands.sum()),
+        masked=int(same.reshape(versions, -1).all(axis=0).sum()),
+        sdc1=any_of(before != after),
+        sdc5=any_of(~_in_top5(faulty, before)),
+        critical=int((stood & ~stands).sum()),
+        due=any_of(broken),
     )
 
 

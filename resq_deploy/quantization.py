@@ -8,8 +8,12 @@ TensorRT's own quantizer uses.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 QMAX = 127
 MIN_SCALE = np.float32(
@@ -17,7 +21,7 @@ MIN_SCALE = np.float32(
 )  # for a channel of zeros: positive, as TensorRT demands, and far from subnormal
 
 
-def channelwise(values: NDArray[np.float32], ndim: int, axis: int) -> NDArray[np.float32]:
+def channelwise(values: NDArray[Scalar], ndim: int, axis: int) -> NDArray[Scalar]:
     """Reshape one value per channel so that it broadcasts along `axis` of an array of `ndim` dimensions."""
     shape = [1] * ndim
     shape[axis] = -1

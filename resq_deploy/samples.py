@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ class Sample:
             if count is None
             else Sample(self.images[:count], self.labels[:count], self.indices[:count])
         )
+
+
+def stacked(samples: Sequence[Sample]) -> Sample:
+    """Several samples as one, a block after the other."""
+    first, *others = samples
+    if not others:
+        return first
+    parts = [(s.images, s.labels, s.indices) for s in samples]
+    return Sample(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def as_pixels(images: NDArray[Any]) -> NDArray[np.float32]:

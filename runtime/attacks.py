@@ -28,9 +28,8 @@ from resq_deploy.budget import (
 from resq_deploy.bundle import INT8, Bundle, Sample
 from resq_deploy.console import Reporter
 from resq_deploy.errors import AttackError
-from resq_deploy.faults import Flips
 from resq_deploy.manifest import Attack
-from resq_deploy.metrics import Outcome, classify, top1
+from resq_deploy.metrics import top1
 from resq_deploy.report.model import AttackResult, Figure
 from resq_deploy.runtime import blackbox
 from resq_deploy.runtime.runner import Runner
@@ -70,6 +69,11 @@ class Attacked:
         """How figures name it: `robust@pgd,eps=8/255`."""
         return figure_name(self.name, self.spec.eps, self.spec.norm)
 
+    @property
+    def label(self) -> str:
+        """How campaigns on it are named: `pgd,eps=8/255`."""
+        return self.figure_name.removeprefix("robust@")
+
 
 def figure_name(name: str, eps: float, norm: str = "linf") -> str:
     """The figure of an attack in requirements and reports: `robust@pgd,eps=8/255`, with `norm=l2` where it is that."""
@@ -97,6 +101,27 @@ def check_names(bundle: Bundle, names: Iterable[str]) -> None:
                 f"{name} needs gradients, and is not stored in {bundle.path}",
                 f"stored: {stored}; craft it with resq-export, or choose {' or '.join(BLACK_BOX)}",
             )
+
+
+def labels(
+    bundle: Bundle, names: Sequence[str] | None = None, eps: float | None = None
+) -> tuple[str, ...]:
+    """Labels of the attacks that `evaluate` will run, and of their worst case. Raises AttackError for unknown ones."""
+    known = plain(bundle)
+    wanted = list(known) if names is None else list(names)
+    check_names(bundle, wanted)
+    own = eps or default_eps(bundle)
+    budgets = [(known[n].eps, known[n].norm) if n in known else (own, "linf") for n in wanted]
+    made = [figure_name(n, *budget) for n, budget in zip(wanted, budgets, strict=True)]
+    if has_worst(norm for _, norm in budgets):
+        made.append(figure_name(WORST, max(size for size, _ in budgets), budgets[0][1]))
+    return tuple(label.removeprefix("robust@") for label in made)
+
+
+def has_worst(norms: Iterable[str]) -> bool:
+    """Whether a worst case over attacks makes sense: several of them, in one norm."""
+    each = list(norms)
+    return len(each) > 1 and len(set(each)) == 1
 
 
 def evaluate(
@@ -139,6 +164,31 @@ def evaluate(
             for name in fresh
         ]
     return done
+
+
+def inputs(
+    runner: Runner,
+    bundle: Bundle,
+    label: str,
+    names: Sequence[str] | None = None,
+    *,
+    eps: float | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> tuple[Sample, ...]:
+    """The inputs of one attack of a validation by its label (`pgd,eps=8/255`): as stored, or found as `evaluate` does.
+
+    Of the worst case: those of all attacks. Raises AttackError where these `names` bring no attack of this label.
+    """
+    for name, spec in plain(bundle).items():
+        if figure_name(name, spec.eps, spec.norm) == f"robust@{label}":
+            return (stored(bundle, name)[1],)
+    done = evaluate(runner, bundle, names, eps=eps, seed=seed, reporter=reporter)
+    worst = label.startswith(f"{WORST},")
+    found = tuple(a.sample for a in done if worst or a.label == label)
+    if not found:
+        raise AttackError(f"no attack of this validation is {label!r}")
+    return found
 
 
 def default_eps(bundle: Bundle, norm: Norm = "linf") -> float:
@@ -293,13 +343,3 @@ def share(hits: int, count: int, confidence: float = 0.95) -> Figure:
         method=found.method,
         n=found.n,
     )
-
-
-def under_faults(runner: Runner, sample: Sample, trials: Iterable[Flips]) -> list[Outcome]:
-    """Both threats at once: outcomes of each trial's flips on these (adversarial) images, against the golden run."""
-    golden = runner(sample.images)
-    outcomes = []
-    for flips in trials:
-        with runner.faults(flips):
-            outcomes.append(classify(golden, runner(sample.images), sample.labels))
-    return outcomes

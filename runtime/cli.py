@@ -11,6 +11,7 @@ import click
 from resq_deploy import console
 from resq_deploy.runtime import settings as s
 from resq_deploy.runtime.corruptions import IMAGES
+from resq_deploy.runtime.places import report_folder
 from resq_deploy.runtime.runner import BACKENDS
 
 EPILOG = """\b
@@ -78,7 +79,7 @@ Examples:
 @click.option(
     "--attack",
     "attacks",
-    help="Stored attacks to replay, or black boxes to run.  [default: all stored]",
+    help="Stored attacks to replay, or black boxes to run; none: no attack.  [default: all stored]",
 )
 @click.option("--eps", help="Budget of black-box attacks, in pixels of [0, 1]: 8/255.")
 @click.option("--joint", is_flag=True, help="Faults on adversarial inputs too.")
@@ -134,7 +135,7 @@ def command(
                 if k not in ("output", "resume", "force", "workers", "key")
             }
         ),
-        output=given["output"] or s.report_folder(bundle),
+        output=given["output"] or report_folder(bundle),
         require=require,
         workers=given["workers"],
         resume=given["resume"],
@@ -146,7 +147,7 @@ def command(
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     else:
-        print_report(report, folder=given["output"] or s.report_folder(bundle))
+        print_report(report, folder=given["output"] or report_folder(bundle))
     return console.OK if report.met else console.REQUIREMENT_NOT_MET
 
 

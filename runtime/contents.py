@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy.bundle import INT8, MANIFEST, Bundle
-from resq_deploy.errors import BundleError, IntegrityError, ResqError
+from resq_deploy.errors import BundleError, FaultError, IntegrityError, ResqError
 from resq_deploy.memory import fault_space
 from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report import Report, read_report
 from resq_deploy.report.files import JSON
 from resq_deploy.runtime import attacks, faulty
+from resq_deploy.runtime.places import report_folder
 from resq_deploy.runtime.plan import PlanMap, locate
-from resq_deploy.runtime.settings import report_folder
 from resq_deploy.signing import SIGNATURE, fingerprint
 
 
@@ -166,6 +167,15 @@ def plan_map(bundle: Bundle, name: str | None = None) -> tuple[str, PlanMap]:
     return chosen, _engine(bundle, chosen)
 
 
+def byte_of(bundle: Bundle, tensor: str, element: int, engine: str | None = None) -> int:
+    """The byte of an engine's plan that holds an element, -1 where it was not located. Raises FaultError."""
+    _, found = plan_map(bundle, engine)
+    if tensor not in found.tensors and tensor not in found.unlocated:
+        near = get_close_matches(tensor, [*found.tensors, *found.unlocated], 1, 0.0)
+        raise FaultError(f"no tensor {tensor!r} in this plan's map", f"such as {', '.join(near)}")
+    return int(found.offset(tensor, np.array([element]))[0])
+
+
 def locate_weights(plan: str | os.PathLike[str], model: str | os.PathLike[str]) -> PlanMap:
     """Where a plan file keeps the INT8 weights of the ONNX file it was built from."""
     weights = {
@@ -189,7 +199,6 @@ def _engine(bundle: Bundle, name: str) -> PlanMap:
 
 
 def _measured(report: Report | None) -> dict[str, float]:
-    for campaign in report.campaigns if report else ():
-        if campaign.on == "clean" and campaign.layers:
-            return {v.name: v.sdc1.mean for v in campaign.layers if v.trials}
-    return {}
+    found = [c for c in report.campaigns if c.on == "clean" and c.layers] if report else []
+    found.sort(key=lambda c: c.fault not in ("seu", "sbu"))  # single bits, where they were run
+    return {v.name: v.sdc1.mean for v in found[0].layers if v.trials} if found else {}

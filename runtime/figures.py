@@ -48,8 +48,9 @@ class CampaignResult:
 
     `accuracy`: top-1 under faults; `masked`, `sdc1`, `sdc5`, `critical`, `due` as in metrics.Outcome.
     `golden_accuracy`: the same images without faults. `accuracy_quantiles`: over trials.
-    `layers`, `bits`, `cells`: trials whose every location lies in one layer, at one bit position; empty
-    for models whose trials spread. `stratified`: SDC-1 weighted by the size of layers and of bit positions.
+    `layers`, `bits`, `cells`: trials of one event whose every location lies in one layer, at one bit position; empty
+    for models whose trials are several, as those of a bit error rate. `stratified`: SDC-1 weighted by the size of
+    layers and of bit positions.
     `flips`, `unreachable`: bits over all trials; `missed`: trials of which nothing could be reached;
     `failed`: trials that ended in an `error`, a `crash` or a `hang`. `digest`: of every trial's flips.
     `seconds` is the time of this call, `images_per_second` its throughput; both are no figures.
@@ -215,6 +216,4 @@ class Scores:
 
 def count_right(golden: np.ndarray[Any, np.dtype[np.float32]], job: Job) -> int:
     """Images that are right without faults."""
-    from resq_deploy.metrics import accuracy
-
-    return round(accuracy(golden, job.labels) * job.images)
+    return job.compare(golden, golden).correct

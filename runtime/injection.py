@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from resq_deploy.errors import BackendError
 from resq_deploy.faults import FaultSpace, Flips, flipped
 from resq_deploy.runtime.layouts import Indices
-from resq_deploy.runtime.plan import PlanMap, locate
+from resq_deploy.runtime.plan import PlanMap, locate, merged
 
 if TYPE_CHECKING:
     from resq_deploy.runtime.trt import TrtRunner
@@ -65,7 +65,8 @@ class PlanInjection(Injection):
     def inject(self, flips: Flips) -> Iterator[None]:
         plan = bytearray(self.runner.plan)
         changed = self.runner.plan_map.apply(plan, flips)
-        if changed != flips.count:
+        cancelled, odd = divmod(flips.count - changed, 2)  # in pairs, in a copy that tensors share
+        if odd or cancelled < 0 or (cancelled and not self.runner.plan_map.shared):
             raise BackendError(f"{changed} bits of the plan changed, not {flips.count}")
         session = self.runner.loader.load(plan)
         self.runner.session = session
@@ -119,7 +120,7 @@ class LiveInjection(Injection):
                 )
 
     def _addresses(self, flips: Flips) -> tuple[Indices, NDArray[np.uint8]]:
-        """Byte addresses in GPU memory, distinct, and XOR masks."""
+        """Byte addresses in GPU memory, ascending and distinct, and XOR masks."""
         parts = []
         for name, part in flips.items():
             base, where = self.maps[name]
@@ -127,10 +128,8 @@ class LiveInjection(Injection):
             parts.append((offsets + base, masks))
         if not parts:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8)
-        addresses = np.concatenate([address for address, _ in parts])
-        if np.unique(addresses).size != addresses.size:
-            raise BackendError("two faults lie in one byte that equal tensors share in the engine")
-        return addresses, np.concatenate([masks for _, masks in parts])
+        addresses, masks = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return merged(addresses, masks)
 
 
 class RefitInjection(Injection):

@@ -164,7 +164,8 @@ class _Lowering(Products):
         w, bias = self.weights.get(node.input[1]), self.bias(node, 2)
         attrs = attributes(node)
         usable = attrs.get("auto_pad", b"NOTSET") == b"NOTSET" and self.rank(node.input[0]) == 4
-        if w is None or bias is None or not usable or not self.fits(node.input[0], w, 0):
+        w = self.fits(node.input[0], w, 0) if w is not None and usable else None
+        if w is None or bias is None:
             return False
         out = node.output[0]
         sink, group = self.sink(out), attrs.get("group", 1)
@@ -209,8 +210,10 @@ class _Lowering(Products):
     def _dense(
         self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.float32], turned: bool
     ) -> bool:
-        if not self.fits(node.input[0], w, 0 if turned else 1):
+        fitting = self.fits(node.input[0], w, 0 if turned else 1)
+        if fitting is None:
             return False
+        w = fitting
         out, added = node.output[0], self._added_bias(node, w)
         if added is not None:
             bias, out = added

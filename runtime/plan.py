@@ -38,6 +38,17 @@ Count = Annotated[int, Field(ge=0, lt=2**48)]
 Length = Annotated[int, Field(ge=1, lt=2**34)]
 
 
+def merged(offsets: Indices, masks: NDArray[np.uint8]) -> tuple[Indices, NDArray[np.uint8]]:
+    """Byte offsets, ascending and distinct, and the XOR of all masks there; bytes that end as they were are left out.
+
+    Equal tensors may share one copy in an engine: two faults at one bit of it cancel each other, as in memory.
+    """
+    distinct, inverse = np.unique(offsets, return_inverse=True)
+    together = np.zeros(distinct.size, dtype=np.uint8)
+    np.bitwise_xor.at(together, inverse, masks)
+    return distinct[together != 0], together[together != 0]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -196,10 +207,7 @@ class PlanMap(_Strict):
         offsets = np.concatenate([where for where, _ in parts])
         masks = np.concatenate([mask for _, mask in parts])
         kept = (offsets >= 0) & (masks != 0)
-        distinct, inverse = np.unique(offsets[kept], return_inverse=True)
-        merged = np.zeros(distinct.size, dtype=np.uint8)
-        np.bitwise_xor.at(merged, inverse, masks[kept])
-        return distinct[merged != 0], merged[merged != 0]
+        return merged(offsets[kept], masks[kept])
 
     def apply(self, plan: bytearray | NDArray[np.uint8], flips: Flips) -> int:
         """Flip bits in a plan, in place; twice restores it. Returns how many bits changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,14 @@ class Products(Forms):
         fits = value is not None and value.dtype == np.float32 and value.ndim <= 1
         return value if fits else None
 
-    def fits(self, x: str, w: Weight, axis: int) -> bool:
-        """Whether fused kernels may multiply these: sane scales, channels on this axis."""
+    def fits(self, x: str, w: Weight, axis: int) -> Weight | None:
+        """The weight with its channels on this axis, where fused kernels may multiply the two: sane scales.
+
+        One scale for the whole tensor fits any axis; the file names none then.
+        """
         scale = self.graph.arrays[w.scale]
-        per = scale.ndim == 0 or scale.size == 1 or w.axis == axis
-        return per and self.sane(x) and sane_scale(scale)
+        usable = (scale.size == 1 or w.axis == axis) and self.sane(x) and sane_scale(scale)
+        return replace(w, axis=axis) if usable else None
 
     def is_small(self, name: str) -> bool:
         pixels = self.graph.shapes.get(name, (None,) * 4)[2:]

@@ -152,13 +152,10 @@ def plan_locate(plan_file: Path, onnx_file: Path, output: Path | None, as_json: 
 @click.option("--engine", help="Which one.  [default: the only one]")
 def plan_offset(bundle: Path, tensor: str, element: int, engine: str | None) -> None:
     """The byte of a plan that holds one weight; -1 where it was not located."""
-    import numpy as np
-
     from resq_deploy.bundle import Bundle
-    from resq_deploy.runtime.contents import plan_map
+    from resq_deploy.runtime.contents import byte_of
 
-    _, found = plan_map(Bundle.open(bundle), engine)
-    click.echo(int(found.offset(tensor, np.array([element]))[0]))
+    click.echo(byte_of(Bundle.open(bundle), tensor, element, engine))
 
 
 @group.command(
@@ -193,25 +190,19 @@ def report(report: Path, output: Path | None, as_json: bool) -> int:
 @click.option("--trial", type=click.IntRange(0), required=True, help="Its number, from 0.")
 @click.option("--campaign", help="Such as seu or ber=1e-4.  [default: the only one]")
 @click.option("--bundle", type=PATH, help="Where the bundle is now.  [default: where it was]")
+@click.option("--data", help="Where the images of --data are now.  [default: where they were]")
+@click.option("--fault-list", type=PATH, help="Where the fault list is now.")
 @click.option("--allow-host-code", is_flag=True, help="As resq-validate has it.")
 @JSON
-def replay(
-    report: Path,
-    trial: int,
-    campaign: str | None,
-    bundle: Path | None,
-    allow_host_code: bool,
-    as_json: bool,
-) -> int:
+def replay(report: Path, trial: int, campaign: str | None, as_json: bool, **given: Any) -> int:
     """Run one trial of a report's journal again, and compare the logits bit for bit.
 
     Exit status 1 where they are not the same.
     """
     from resq_deploy.runtime.replay import replay_trial
 
-    found = replay_trial(
-        report, trial, campaign=campaign, bundle=bundle, allow_host_code=allow_host_code
-    )
+    said = console.Reporter(quiet=False)
+    found = replay_trial(report, trial, campaign=campaign, reporter=said, **given)
     if as_json:
         console.print_json({"same": found.same, **asdict(found)})
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from resq_deploy.faults import KINDS
 from resq_deploy.runtime.corruptions import IMAGES, SEVERITIES, parse_names
 from resq_deploy.runtime.runner import PLAN_OPTIONS
 
+_LEAST_MARGIN = 1e-6  # some 10^7 trials
+_MOST_CONFIDENCE = 0.999999
 DEFAULT_BER = (1e-5, 1e-4, 1e-3)
 WAYS = ("auto", "live", "plan", "refit")  # of getting faults into an engine plan
 
@@ -51,12 +54,15 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
+        if not 0 < self.confidence <= _MOST_CONFIDENCE:
             raise CampaignError(
-                f"a confidence of {self.confidence:g}", "between 0 and 1, such as 0.95"
+                f"a confidence of {self.confidence:g}",
+                f"above 0 and at most {_MOST_CONFIDENCE}, such as 0.95",
             )
-        if not 0 < self.margin < 0.5:
-            raise CampaignError(f"a margin of {self.margin:g}", "between 0 and 0.5, such as 0.01")
+        if not _LEAST_MARGIN <= self.margin < 0.5:
+            raise CampaignError(
+                f"a margin of {self.margin:g}", f"from {_LEAST_MARGIN:g} to 0.5, such as 0.01"
+            )
         if self.trials is not None and self.trials < 1:
             raise CampaignError(f"{self.trials} trials", "at least 1, or auto")
         if self.samples is not None and self.samples < 1:
@@ -72,7 +78,28 @@ class Settings:
     @property
     def models(self) -> tuple[str, ...]:
         """The fault models in the order they run: the single ones first, then rising bit error rates."""
-        return (*self.faults, *(f"ber:{p:g}" for p in sorted(self.ber)))
+        return (*self.faults, *(f"ber:{p!r}" for p in sorted(self.ber)))
+
+    def idle(self, stored: Collection[str]) -> list[str]:
+        """Options that will do nothing, in sentences; `stored`: names of the attacks in the bundle."""
+        names = stored if self.attacks is None else self.attacks
+        said = []
+        if self.eps is not None and all(name in stored for name in names):
+            said.append("--eps is of square and hopskipjump, and none was asked for")
+        if self.joint and not names and not stored:
+            said.append("--joint has no attacks to run faults on")
+        return said
+
+    def with_whole_paths(self) -> Settings:
+        """The same, its files by absolute paths: a replay may start in another folder."""
+        data = self.data
+        if data and data.lower().endswith(".npz"):
+            data = str(Path(data).resolve())
+        elif data and ":" in data:
+            kind, _, place = data.partition(":")
+            data = f"{kind}:{Path(place).resolve()}"
+        listed = str(Path(self.fault_list).resolve()) if self.fault_list else None
+        return replace(self, data=data, fault_list=listed)
 
     def as_json(self) -> dict[str, Any]:
         """JSON types only, for the report's provenance."""
@@ -136,6 +163,11 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_attacks(text: str | None) -> tuple[str, ...] | None:
+    """Names of attacks; `none` or nothing between the commas: no attack; None: all that are stored."""
+    return None if text is None else () if text.strip() == "none" else parse_list(text)
+
+
 def from_text(**given: Any) -> Settings:
     """Settings from a command line's texts. Raises FaultError, CampaignError or AttackError."""
     from resq_deploy.budget import parse_eps
@@ -153,7 +185,7 @@ def from_text(**given: Any) -> Settings:
         trials=parse_trials(given["trials"]),
         margin=given["margin"],
         confidence=given["confidence"],
-        attacks=parse_list(given["attacks"]) if given["attacks"] is not None else None,
+        attacks=parse_attacks(given["attacks"]),
         eps=parse_eps(given["eps"]) if given["eps"] else None,
         joint=given["joint"],
         corruptions=parse_names(given["corruptions"] or ""),
@@ -162,8 +194,3 @@ def from_text(**given: Any) -> Settings:
         seed=given["seed"],
         options={name: given[name] for name in PLAN_OPTIONS if given.get(name)},
     )
-
-
-def report_folder(bundle: Path) -> Path:
-    """Where a bundle's report goes by default: beside it, `model.resq` -> `model.report`."""
-    return bundle.with_suffix(".report")

@@ -73,16 +73,24 @@ class PlainEngine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One campaign's trials: trial i is `model`'s draw i of `seed` in `space`; `labels` int64 [images]."""
+    """One campaign's trials: trial i is `model`'s draw i of `seed` in `space`; `labels` int64 [versions * images].
+
+    `versions`: of each image, one block of the batch after the other, as metrics.classify has it.
+    """
 
     model: FaultModel
     space: FaultSpace
     seed: int
     labels: NDArray[np.int64]
+    versions: int = 1
 
     @property
     def images(self) -> int:
-        return int(self.labels.size)
+        return int(self.labels.size) // self.versions
+
+    def compare(self, golden: Logits, faulty: Logits) -> Outcome:
+        """What a run with faults did to the images."""
+        return classify(golden, faulty, self.labels, self.versions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +224,7 @@ class _Score:
         return _row(trial, "ok", drawn, flips, lost, *self._masked)
 
     def _scored(self, logits: Logits) -> tuple[Outcome, str]:
-        return classify(self._golden, logits, self._job.labels), digest(logits)
+        return self._job.compare(self._golden, logits), digest(logits)
 
 
 def failed_trial(golden: Logits, job: Job, trial: int, status: Status) -> Row:
@@ -227,7 +235,7 @@ def failed_trial(golden: Logits, job: Job, trial: int, status: Status) -> Row:
 
 def failure(golden: Logits, job: Job) -> Outcome:
     """No image got an answer: as if every logit were a NaN."""
-    return classify(golden, np.full_like(golden, np.nan), job.labels)
+    return job.compare(golden, np.full_like(golden, np.nan))
 
 
 def reach(engine: TrialEngine, flips: Flips) -> tuple[Flips, int]:

@@ -14,25 +14,25 @@ import numpy as np
 from resq_deploy import requirements
 from resq_deploy.bundle import INT8, Bundle, Sample
 from resq_deploy.console import Reporter
-from resq_deploy.errors import CampaignError
 from resq_deploy.fault_lists import read_fault_list
 from resq_deploy.fault_models import FaultModel, parse
 from resq_deploy.faults import FaultSpace
 from resq_deploy.metrics import top1
 from resq_deploy.report import Report, write_report
 from resq_deploy.report.model import AttackResult, Campaign, Corruption, Figure, JointAttack
-from resq_deploy.runtime import attacks, corruptions, evidence, faulty, sanity
+from resq_deploy.runtime import attacks, corruptions, evidence, faulty, places, sanity
 from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
 from resq_deploy.runtime.images import labelled, sample_digest
 from resq_deploy.runtime.journal import Journal
+from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.runner import Runner, check_options, open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.trials import Job, digest
-from resq_deploy.runtime.workers import open_pool
+from resq_deploy.runtime.workers import check_workers, open_pool
+from resq_deploy.samples import stacked
 from resq_deploy.statistics import wilson
 
-JOURNAL = "journal.sqlite"
 TRIAL_IMAGES = 256  # images of each trial, unless more are asked for
 CLEAN = "clean"
 
@@ -52,8 +52,9 @@ def validate_bundle(
 ) -> Report:
     """Flip bits in a deployed bundle and attack it; return the report, and write it to the folder `output`.
 
-    Everything is checked before the first run: the bundle's hashes, the settings, the names in
-    `require`. Finished trials are kept in `output` as they come; `resume` goes on with them.
+    Everything is checked before the first run, and before `force` removes what is in `output`: the bundle's hashes,
+    the settings, the names in `require`, whether the fault space can hold the faults. Finished trials are kept in
+    `output` as they come; `resume` goes on with them.
     `key`: a public key; the signature of a bundle given by its path is checked with it first. Raises a
     ResqError for bad input; a requirement that is not met is a result (`Report.met`), not an error.
     """
@@ -63,17 +64,21 @@ def validate_bundle(
     models = [parse(text) for text in asked.models]
     if asked.fault_list:
         models.append(read_fault_list(asked.fault_list))
-    labels = attack_labels(bundle, asked)
+    labels = attacks.labels(bundle, asked.attacks, asked.eps)
+    say = reporter or Reporter()
+    for idle in asked.idle(bundle.manifest.attacks):
+        say.warn(idle)
     corruptions.check(asked.corruptions, asked.severities, bundle.manifest.input.shape)
     requirements.check(wanted, _all_names(bundle, asked, models, labels))
     check_options(bundle, asked.backend, asked.options)
-    folder = _folder(output, resume=resume, force=force)
+    folder = places.prepared(output, resume=resume, force=force)
     sample = labelled(bundle, asked.data)
 
     with open_runner(bundle, asked.backend, **asked.options) as runner:
-        run = Validation(
-            bundle, asked, runner, sample, models, workers, folder, resume, reporter or Reporter()
-        )
+        run = Validation(bundle, asked, runner, sample, models, workers, folder, resume, say)
+        run.check()
+        if folder is not None and force and not resume:
+            places.clear(folder)
         run.golden()
         run.attacks()
         if asked.joint:
@@ -81,7 +86,7 @@ def validate_bundle(
         run.faults(CLEAN, sample)
         if asked.joint:
             for label, moved in run.adversarial.items():
-                run.faults(label, moved)
+                run.faults(label, *moved)
         run.corruptions()
         report = run.report(wanted, command)
     if folder is not None:
@@ -133,7 +138,7 @@ class Validation:
     attacked: list[AttackResult] = field(default_factory=list)
     known: list[JointAttack] = field(default_factory=list)
     corrupted: tuple[Corruption, ...] = ()
-    adversarial: dict[str, Sample] = field(default_factory=dict)
+    adversarial: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
 
     @property
     def space(self) -> FaultSpace:
@@ -145,6 +150,25 @@ class Validation:
     def _space(self, model: FaultModel) -> FaultSpace:
         """A fault list names its addresses; other models draw from the part that was asked for."""
         return self.runner.space if model.length is not None else self.space
+
+    def check(self) -> None:
+        """Raise where a campaign could not be run: no such layer or bit, a margin out of reach, no such workers."""
+        check_workers(self.workers)
+        for job in self._jobs([self._few(self.sample)]):
+            job.model.check(job.space)
+            self._rule.limit(job)
+
+    @property
+    def _rule(self) -> Rule:
+        asked = self.settings
+        return Rule(asked.trials, asked.margin, asked.confidence, asked.max_trials)
+
+    def _few(self, images: Sample) -> Sample:
+        return images.take(self.settings.samples or TRIAL_IMAGES)
+
+    def _jobs(self, versions: Sequence[Sample]) -> list[Job]:
+        labels, count = stacked(versions).labels, len(versions)
+        return [Job(m, self._space(m), self.settings.seed, labels, count) for m in self.models]
 
     def golden(self) -> None:
         """Run the whole sample without faults."""
@@ -164,14 +188,18 @@ class Validation:
             reporter=self.reporter,
         )
         done = sanity.check(self.runner, self.bundle, done)
-        if _has_worst(a.spec.norm for a in done):
-            done.append(attacks.worst_case(done))
+        over: dict[str, tuple[Sample, ...]] = {a.label: (a.sample,) for a in done}
+        if attacks.has_worst(a.spec.norm for a in done):
+            worst = attacks.worst_case(done)
+            over[worst.label] = tuple(
+                a.sample for a in done
+            )  # whichever is worst under these faults
+            done.append(worst)
         for attacked in done:
-            found = attacks.result(attacked, asked.confidence)
-            label = attacked.figure_name.removeprefix("robust@")
+            found, label = attacks.result(attacked, asked.confidence), attacked.label
             self.figures |= {f"robust@{label}": found.robust, f"success@{label}": found.success}
             self.attacked.append(found)
-            self.adversarial[label] = attacked.sample
+        self.adversarial = over
 
     def aware(self) -> None:
         """Replay inputs that were crafted against faulty memory, with the same faults in it."""
@@ -186,26 +214,23 @@ class Validation:
             self.known.append(found)
             self.figures[faulty.figure_name(self.bundle.manifest.attacks[name])] = found.aware
 
-    def faults(self, on: str, images: Sample) -> None:
-        """Run every fault model's campaign on these images."""
-        asked = self.settings
-        few = images.take(asked.samples or TRIAL_IMAGES)
-        factory = OpenEngine(str(self.bundle.path), asked.backend, few.images, asked.options)
-        rule = Rule(asked.trials, asked.margin, asked.confidence, asked.max_trials)
-        jobs = [Job(m, self._space(m), asked.seed, few.labels) for m in self.models]
-        for job in jobs:
-            job.model.check(job.space)
-            rule.limit(job)
+    def faults(self, on: str, *versions: Sample) -> None:
+        """Run every fault model's campaign on these images, which stand where all versions of them do."""
+        if not self.models:
+            return
+        asked, few = self.settings, [self._few(images) for images in versions]
+        whole = stacked(few)
+        factory = OpenEngine(str(self.bundle.path), asked.backend, whole.images, asked.options)
         # one process holds a GPU; on the CPU it is measured which number is fastest
         workers = self.workers if asked.backend == "ort" else 1
         pool = open_pool(factory, workers, reporter=self.reporter)
         with closing(pool), self._journal() as journal:
-            identity = {**self._identity(few), "golden": digest(pool.golden())}
-            for job in jobs:
+            identity = {**self._identity(whole), "golden": digest(pool.golden())}
+            for job in self._jobs(few):
                 key = campaign_key(job.model.name, on)
                 log = journal.campaign(key, identity) if journal else None
                 found = run_campaign(
-                    pool, job, rule=rule, log=log, where=self._where(), reporter=self.reporter
+                    pool, job, rule=self._rule, log=log, where=self._where(), reporter=self.reporter
                 )
                 names = evidence.campaign_names(job.model.name, on)
                 self._keep(evidence.campaign(found, on), names)
@@ -283,60 +308,21 @@ class Validation:
             "seed": self.settings.seed,
             **self.runner.identity,
         }
-        context = {"bundle": str(self.bundle.path.resolve()), "settings": self.settings.as_json()}
+        settings = self.settings.with_whole_paths().as_json()
+        context = {"bundle": str(self.bundle.path.resolve()), "settings": settings}
         resume = self.resume or bool(self.campaigns)  # a second set of images goes on in this file
         with Journal.open(
             self.folder / JOURNAL, identity, resume=resume, context=context
         ) as journal:
-            yield journal
+            try:
+                yield journal
+            except KeyboardInterrupt:
+                self.reporter.log(
+                    "finished trials are kept: the same command with --resume goes on"
+                )
+                raise
 
 
 def campaign_key(model: str, on: str) -> str:
     """Name of a campaign in the journal: the fault model, and the attack whose images it ran on."""
     return model if on == CLEAN else f"{model} on {on}"
-
-
-def attack_labels(bundle: Bundle, settings: Settings) -> tuple[str, ...]:
-    """Labels of the attacks that will run, as figures carry them. Raises AttackError for unknown ones."""
-    stored = attacks.plain(bundle)
-    names = list(stored) if settings.attacks is None else list(settings.attacks)
-    attacks.check_names(bundle, names)
-    eps = settings.eps or attacks.default_eps(bundle)
-    budgets = [(stored[n].eps, stored[n].norm) if n in stored else (eps, "linf") for n in names]
-    labels = [attacks.figure_name(n, *budget) for n, budget in zip(names, budgets, strict=True)]
-    if _has_worst(norm for _, norm in budgets):
-        largest = max(eps for eps, _ in budgets)
-        labels.append(attacks.figure_name(attacks.WORST, largest, budgets[0][1]))
-    return tuple(label.removeprefix("robust@") for label in labels)
-
-
-def _has_worst(norms: Iterable[str]) -> bool:
-    """Whether a worst case over attacks makes sense: several of them, in one norm."""
-    each = list(norms)
-    return len(each) > 1 and len(set(each)) == 1
-
-
-def _folder(output: str | os.PathLike[str] | None, *, resume: bool, force: bool) -> Path | None:
-    """The report's folder, made, empty of an earlier journal unless that is gone on with."""
-    if output is None:
-        return None
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise CampaignError(f"{folder} is a file", "choose another -o")
-    used = folder.is_dir() and any(folder.iterdir())
-    ours = (folder / JOURNAL).exists() or (folder / "report.json").exists()
-    if used and not ours:
-        raise CampaignError(f"{folder} holds something else", "choose another -o")
-    if used and not (resume or force):
-        raise CampaignError(
-            f"{folder} holds an earlier report", "go on with --resume, replace it with --force"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if force and not resume:
-            Journal.remove(folder / JOURNAL)
-    except OSError as error:
-        raise CampaignError(
-            f"cannot write to {folder}: {error.strerror}", "choose another -o"
-        ) from error
-    return folder

@@ -34,17 +34,24 @@ def open_pool(
     in other processes: a function of a module or a frozen dataclass, not a lambda. Raises
     CampaignError for anything else, and whatever opening the engine raises.
     """
-    text = str(workers)
+    text = check_workers(workers)
     if text == "ray" or text.startswith("ray:"):
         from resq_deploy.runtime.cluster import RayPool
 
         return RayPool(factory, text[4:] or None, timeout=timeout)
     if text == "auto":
         return AutoPool(factory, timeout=timeout, reporter=reporter)
-    if not text.isdecimal() or not 1 <= int(text) <= 4096:
-        raise CampaignError(f"{text!r} workers", "a number from 1 on, auto, ray, or ray:ADDRESS")
     count = int(text)
     return ProcessPool(factory, count, max(1, cores() // count), timeout=timeout)
+
+
+def check_workers(workers: int | str) -> str:
+    """What names workers, as text. Raises CampaignError for anything else."""
+    text = str(workers)
+    named = text in ("auto", "ray") or text.startswith("ray:")
+    if not named and not (text.isdecimal() and 1 <= int(text) <= 4096):
+        raise CampaignError(f"{text!r} workers", "a number from 1 on, auto, ray, or ray:ADDRESS")
+    return text
 
 
 class AutoPool:

@@ -94,7 +94,10 @@ def glossary(report: Report) -> Safe:
 
 def replay_commands(report: Report) -> list[str]:
     """Shell lines: the whole validation again, and one trial of it."""
-    lines = [report.provenance.get("command")]
+    command = report.provenance.get("command")
+    if isinstance(command, list | tuple):  # what is there now is evidence: it asks before it goes
+        command = [word for word in command if word not in ("--force", "--resume")]
+    lines = [command]
     if report.campaigns:
         lines.append(
             f"resq replay . --campaign {report.campaigns[0].fault} --trial 0"

@@ -22,6 +22,10 @@ JSON = "report.json"
 HTML = "report.html"
 JUNIT = "junit.xml"
 
+_TABLES = (
+    *("figures", "campaigns", "layers", "bits", "cells"),
+    *("attacks", "joint", "corruptions", "requirements"),
+)
 _LARGEST = 256 * 2**20  # bytes of a report.json that are read
 _SHARES = ("accuracy", "masked", "sdc1", "sdc5", "critical", "due")
 _ENDS = ("mean", "low", "high")
@@ -49,6 +53,12 @@ def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
             f"cannot write the report to {folder}: {error.strerror}", "choose another -o"
         ) from error
     return folder / HTML
+
+
+def remove_report(directory: str | os.PathLike[str]) -> None:
+    """Delete every face of a report from a folder, and nothing else. Raises OSError."""
+    for name in (JSON, JUNIT, HTML, *(f"{name}.csv" for name in _TABLES)):
+        (Path(directory) / name).unlink(missing_ok=True)
 
 
 def faces(report: Report) -> dict[str, str]:

@@ -16,8 +16,6 @@ import pytest
 from resq_deploy.budget import Budget, Norm
 from resq_deploy.bundle import MANIFEST, Bundle, Sample, sha256_of, write_npz
 from resq_deploy.errors import AttackError, BundleError, MissingExtra
-from resq_deploy.fault_models import parse, trial_rng
-from resq_deploy.faults import Flips
 from resq_deploy.manifest import Attack
 from resq_deploy.runtime import attacks, blackbox, sanity
 from resq_deploy.runtime import square as square_module
@@ -301,17 +299,3 @@ def test_doubts_about_gradients(saved: Path) -> None:
     assert "square breaks 1 images that stand against pgd" in texts[2]
     assert checked[0].warnings == ()
     assert checked[2].warnings == ()
-
-
-def test_faults_and_attacks_together(runner: NumpyRunner) -> None:
-    sample = runner.sample(20, right=1.0)
-    made = blackbox.attack(runner, sample, "square", Budget("linf", 0.08), queries=20)
-    moved = Sample(made, sample.labels, sample.indices)
-    model = parse("ber:0.05")
-    trials = [model.sample(runner.space, trial_rng(0, i)) for i in range(5)]
-    outcomes = attacks.under_faults(runner, moved, [*trials, Flips({})])
-    right = int((runner(made).argmax(1) == sample.labels).sum())
-    assert outcomes[-1].correct == right
-    assert outcomes[-1].masked == outcomes[-1].images == 20
-    assert all(o.masked < 20 for o in outcomes[:5])
-    assert np.mean([o.correct for o in outcomes[:5]]) < 20

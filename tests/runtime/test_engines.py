@@ -18,12 +18,13 @@ from resq_deploy.fault_models import parse
 from resq_deploy.report.model import Report
 from resq_deploy.runtime import injection, resq, validate
 from resq_deploy.runtime.cli import command
+from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.replay import replay_trial
 from resq_deploy.runtime.runner import BACKENDS, check_options, open_runner
 from resq_deploy.runtime.settings import WAYS, Settings
 from resq_deploy.runtime.trials import Job, PlainEngine, Row, run_trials
 from resq_deploy.runtime.trtlib import refusal
-from resq_deploy.runtime.validate import JOURNAL, validate_bundle
+from resq_deploy.runtime.validate import validate_bundle
 from resq_deploy.runtime.workers import open_pool
 from tests.runtime.fake_backend import NAME, OpenStandIn, StandIn
 from tests.runtime.trt_bundles import IMAGES, library, runner, write_bundle

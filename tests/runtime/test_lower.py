@@ -189,3 +189,32 @@ def test_a_float_graph_is_left_as_it_is() -> None:
     assert ops(lower(model)) == ops(model)
     want, got = run(model, images, plain=True), run(lower(model), images, plain=True)
     assert np.array_equal(want, got)
+
+
+def one_scale(name: str) -> onnx.ModelProto:
+    """A quantized network with one scale for each weight tensor, which names no axis."""
+    model = graphs.quantized(name)
+    arrays = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in arrays:
+            continue
+        scale = numpy_helper.to_array(arrays[node.input[1]])
+        if scale.ndim:
+            largest = np.asarray(scale.max(), np.float32)
+            for part, value in ((1, largest), (2, np.asarray(0, np.int8))):
+                tensor = arrays[node.input[part]]
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+            del node.attribute[:]
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("name", graphs.NETS)
+def test_one_scale_for_a_whole_tensor(name: str) -> None:
+    model = one_scale(name)
+    images = graphs.images(model, 16, seed=5)
+    want, got = run(model, images, plain=True), run(lower(model), images, plain=False)
+    assert np.abs(got - want).max() <= 0.03 * np.abs(want).max()
+    found, usual = ops(lower(model)), ops(lower(graphs.quantized(name)))
+    for op in ("QLinearConv", "MatMulIntegerToFloat"):
+        assert found[op] == usual[op]

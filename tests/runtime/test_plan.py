@@ -299,3 +299,21 @@ def test_a_file_that_is_no_map_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\x00[")
     with pytest.raises(IntegrityError, match="no weight map"):
         PlanMap.load(path)
+
+
+def test_faults_in_both_names_of_one_copy_meet_there() -> None:
+    value = np.arange(64, dtype=np.int8).reshape(8, 8)
+    plan = bytearray(b"\1" * 7 + value.tobytes() + b"\2" * 9)
+    found = locate(bytes(plan), {"a": value, "b": value.copy()})
+    space = FaultSpace([Memory(n, n, "weights", value) for n in "ab"])
+    same = 8 * 64  # the bits of one tensor: location i of `a` and i + same of `b` are one bit
+
+    def changed(*locations: int) -> int:
+        memory = bytearray(plan)
+        count = found.apply(memory, space.flips(np.array(locations)))
+        assert count == sum((x ^ y).bit_count() for x, y in zip(memory, plan, strict=True))
+        return count
+
+    assert changed(3, 4) == changed(3, same + 4) == 2
+    assert changed(3, same + 3) == 0
+    assert changed(3, same + 3, 9) == 1

@@ -6,6 +6,7 @@ import pytest
 
 from resq_deploy.errors import CampaignError, DataError, FaultError, ResqError
 from resq_deploy.runtime import settings as s
+from resq_deploy.runtime.places import report_folder
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,17 @@ def test_single_faults_run_before_rising_rates() -> None:
 
 
 def test_a_report_lies_beside_its_bundle() -> None:
-    assert s.report_folder(Path("a/model.resq")) == Path("a/model.report")
+    assert report_folder(Path("a/model.resq")) == Path("a/model.report")
+    assert report_folder(Path("a/net-0.1")) == Path("a/net-0.1.report")
+
+
+@pytest.mark.parametrize("there", [".", "", "x/.."])
+def test_a_report_lies_beside_the_folder_one_is_in(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.resq/x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model.resq")
+    assert report_folder(Path(there)) == tmp_path / "model.report"
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from resq_deploy.report import read_report
 from resq_deploy.report.model import Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.cli import command
+from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.replay import replay_trial
 from resq_deploy.runtime.settings import Settings
-from resq_deploy.runtime.validate import JOURNAL, figure_names, validate_bundle
+from resq_deploy.runtime.validate import figure_names, validate_bundle
 from resq_deploy.signing import generate_key
 from tests.bundles import write_bundle
 
