@@ -1,4 +1,9 @@
-"""ONNX operators in torch, by name: what the twin computes with. Quantize and dequantize are straight-through.
+"""ONNX operators in torch: what all share, and quantize and dequantize, which are straight-through.
+
+    twin_elementwise.py   each element for itself: activation functions, sums, products
+    twin_layers.py        convolutions, products of matrices, pools, norms, reductions
+    twin_resize.py        interpolation
+    twin_shapes.py        what moves, cuts and compares tensors
 
 An operator takes the node and its inputs (None where an optional one is left out), and returns its outputs as a tuple.
 Float operators follow the ONNX definition with the order of operations that ONNX Runtime's CPU kernels have; sums
@@ -13,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from resq_deploy.errors import ModelError
 
@@ -119,196 +123,6 @@ def ints(value: Tensor | None) -> list[int]:
     return [] if value is None else [int(v) for v in value.reshape(-1).tolist()]
 
 
-def _conv(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    x, weight = inputs[0], inputs[1]
-    bias = inputs[2] if len(inputs) > 2 else None
-    spatial = weight.ndim - 2
-    if spatial not in (1, 2):
-        raise unsupported(node, f"{spatial} spatial dimensions")
-    dilations = node.get("dilations", [1] * spatial)
-    strides = node.get("strides", [1] * spatial)
-    kernel = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
-    x, padding = _pad_image(node, x, kernel, strides, 0.0)
-    conv = F.conv2d if spatial == 2 else F.conv1d
-    return (conv(x, weight, bias, strides, padding, dilations, node.get("group", 1)),)
-
-
-def _pad_image(
-    node: Node, x: Tensor, kernel: Sequence[int], strides: Sequence[int], value: float
-) -> tuple[Tensor, list[int]]:
-    """Asymmetric padding is made here; symmetric padding is left to the kernel, which does it for nothing."""
-    count = len(kernel)
-    pads = node.get("pads", [0] * (2 * count))
-    auto = node.get("auto_pad", "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        pads = _same(x.shape[-count:], kernel, strides, upper=auto == "SAME_UPPER")
-    elif auto == "VALID":
-        pads = [0] * (2 * count)
-    begin, end = pads[:count], pads[count:]
-    if begin == end:
-        return x, list(begin)
-    flat = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
-    return F.pad(x, flat, value=value), [0] * count
-
-
-def _same(
-    sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], *, upper: bool
-) -> list[int]:
-    small, large = [], []
-    for size, width, stride in zip(sizes, kernel, strides, strict=True):
-        total = max((-(-size // stride) - 1) * stride + width - size, 0)
-        small.append(total // 2)
-        large.append(total - total // 2)
-    return small + large if upper else large + small
-
-
-def _gemm(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    a, b = inputs[0], inputs[1]
-    a = a.t() if node.get("transA", 0) else a
-    b = b if node.get("transB", 0) else b.t()
-    out = F.linear(a, b) * node.get("alpha", 1.0) if node.get("alpha", 1.0) != 1.0 else None
-    c = inputs[2] if len(inputs) > 2 else None
-    if out is None:
-        if c is not None and c.ndim == 1 and node.get("beta", 1.0) == 1.0:
-            return (F.linear(a, b, c),)
-        out = F.linear(a, b)
-    return (out if c is None else out + c * node.get("beta", 1.0),)
-
-
-def _max_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    kernel = node.attributes["kernel_shape"]
-    strides = node.get("strides", [1] * len(kernel))
-    dilations = node.get("dilations", [1] * len(kernel))
-    wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    x, padding = _pad_image(node, inputs[0], wide, strides, float("-inf"))
-    ceil = bool(node.get("ceil_mode", 0))
-    return (F.max_pool2d(x, kernel, strides, padding, dilations, ceil),)
-
-
-def _average_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    kernel = node.attributes["kernel_shape"]
-    strides = node.get("strides", [1] * len(kernel))
-    whole = bool(node.get("count_include_pad", 0))
-    x, padding = _pad_image(node, inputs[0], kernel, strides, 0.0)
-    if x is not inputs[0] and not whole:
-        raise unsupported(node, "asymmetric padding")
-    ceil = bool(node.get("ceil_mode", 0))
-    return (F.avg_pool2d(x, kernel, strides, padding, ceil, whole),)
-
-
-def _global(reduce: Callable[..., Tensor]) -> Op:
-    def op(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-        x: Tensor = inputs[0]
-        return (reduce(x, dim=tuple(range(2, x.ndim)), keepdim=True),)
-
-    return op
-
-
-def _reduce(reduce: Callable[..., Tensor]) -> Op:
-    def op(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-        x: Tensor = inputs[0]
-        axes = node.get("axes") or ints(inputs[1] if len(inputs) > 1 else None)
-        if not axes and node.get("noop_with_empty_axes", 0):
-            return (x,)
-        dims = tuple(axes) or tuple(range(x.ndim))
-        return (reduce(x, dim=dims, keepdim=bool(node.get("keepdims", 1))),)
-
-    return op
-
-
-def _softmax(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    return (torch.softmax(inputs[0], dim=node.get("axis", -1)),)
-
-
-def _layer_norm(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    if len(node.outputs) > 1:
-        raise unsupported(node, "more than one output")
-    x: Tensor = inputs[0]
-    shape = x.shape[node.get("axis", -1) :]
-    bias = inputs[2] if len(inputs) > 2 else None
-    return (F.layer_norm(x, shape, inputs[1], bias, node.get("epsilon", 1e-5)),)
-
-
-def _batch_norm(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    x, scale, bias, mean, variance = inputs[:5]
-    return (F.batch_norm(x, mean, variance, scale, bias, False, 0.0, node.get("epsilon", 1e-5)),)
-
-
-def _gelu(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    return (F.gelu(inputs[0], approximate=node.get("approximate", "none")),)
-
-
-def _clip(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    low = inputs[1] if len(inputs) > 1 else node.get("min")
-    high = inputs[2] if len(inputs) > 2 else node.get("max")
-    return (inputs[0] if low is None and high is None else torch.clamp(inputs[0], low, high),)
-
-
-def _hard_sigmoid(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    x: Tensor = inputs[0] * node.get("alpha", 0.2) + node.get("beta", 0.5)
-    return (x.clamp(0, 1),)
-
-
-def _leaky_relu(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    return (F.leaky_relu(inputs[0], node.get("alpha", 0.01)),)
-
-
-def _div(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    a, b = inputs
-    exact = a.is_floating_point()
-    return (torch.div(a, b) if exact else torch.div(a, b, rounding_mode="trunc"),)
-
-
-def _plain(function: Callable[..., Tensor]) -> Op:
+def plain(function: Callable[..., Any]) -> Op:
     """An operator that is one torch function of the inputs, without attributes."""
     return lambda node, inputs: (function(*inputs),)
-
-
-def _fold(function: Callable[[Tensor, Tensor], Tensor]) -> Op:
-    def op(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-        value: Tensor = inputs[0]
-        for other in inputs[1:]:
-            value = function(value, other)
-        return (value,)
-
-    return op
-
-
-FLOAT_OPS: Mapping[str, Op] = {
-    "Abs": _plain(torch.abs),
-    "Add": _plain(torch.add),
-    "AveragePool": _average_pool,
-    "BatchNormalization": _batch_norm,
-    "Clip": _clip,
-    "Conv": _conv,
-    "Div": _div,
-    "Erf": _plain(torch.erf),
-    "Exp": _plain(torch.exp),
-    "Gelu": _gelu,
-    "Gemm": _gemm,
-    "GlobalAveragePool": _global(torch.mean),
-    "GlobalMaxPool": _global(torch.amax),
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _plain(F.hardswish),
-    "LayerNormalization": _layer_norm,
-    "LeakyRelu": _leaky_relu,
-    "Log": _plain(torch.log),
-    "MatMul": _plain(torch.matmul),
-    "Max": _fold(torch.maximum),
-    "MaxPool": _max_pool,
-    "Min": _fold(torch.minimum),
-    "Mul": _plain(torch.mul),
-    "Neg": _plain(torch.neg),
-    "Pow": _plain(torch.pow),
-    "Reciprocal": _plain(torch.reciprocal),
-    "ReduceMax": _reduce(torch.amax),
-    "ReduceMean": _reduce(torch.mean),
-    "ReduceMin": _reduce(torch.amin),
-    "ReduceSum": _reduce(torch.sum),
-    "Relu": _plain(torch.relu),
-    "Sigmoid": _plain(torch.sigmoid),
-    "Softmax": _softmax,
-    "Sqrt": _plain(torch.sqrt),
-    "Sub": _plain(torch.sub),
-    "Tanh": _plain(torch.tanh),
-}

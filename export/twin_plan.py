@@ -12,11 +12,14 @@ import torch
 from onnx import helper, numpy_helper
 
 from resq_deploy.errors import ModelError
-from resq_deploy.export.twin_ops import FLOAT_OPS, Node, unsupported
+from resq_deploy.export.twin_elementwise import ELEMENTWISE_OPS
+from resq_deploy.export.twin_layers import LAYER_OPS
+from resq_deploy.export.twin_ops import Node, unsupported
+from resq_deploy.export.twin_resize import RESIZE_OPS
 from resq_deploy.export.twin_shapes import SHAPE_OPS
 
 Q, DQ, FAKE = "QuantizeLinear", "DequantizeLinear", "FakeQuantize"
-OPS = {**FLOAT_OPS, **SHAPE_OPS}
+OPS = {**ELEMENTWISE_OPS, **LAYER_OPS, **RESIZE_OPS, **SHAPE_OPS}
 
 
 @dataclass(frozen=True, slots=True)

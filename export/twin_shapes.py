@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resq_deploy.export.twin_ops import Inputs, Node, Op, ints, unsupported
+from resq_deploy.export.twin_ops import Inputs, Node, Op, ints, plain, unsupported
 
 # TensorProto.DataType -> torch
 DTYPES: Mapping[int, torch.dtype] = {
@@ -99,19 +99,43 @@ def _gather(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     axis = node.get("axis", 0) % x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index)
     flat = x.index_select(axis, index.reshape(-1))
-    return (flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]),)
+    return (flat.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])),)
+
+
+def _gather_elements(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    x, index = inputs[0], inputs[1].long()
+    axis = node.get("axis", 0)
+    index = torch.where(index < 0, index + x.shape[axis], index)
+    return (x.gather(axis, index),)
+
+
+def _gather_nd(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    x, index = inputs[0], inputs[1].long()
+    shared = node.get("batch_dims", 0)
+    rows = [
+        torch.arange(size, device=x.device).reshape(-1, *[1] * (index.ndim - 2 - i))
+        for i, size in enumerate(index.shape[:shared])
+    ]
+    return (x[(*rows, *index.unbind(-1))],)
 
 
 def _pad(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    if node.get("mode", "constant") not in ("constant", b"constant"):
-        raise unsupported(node, f"mode {node.get('mode')}")
     x: Tensor = inputs[0]
     pads = ints(inputs[1])
-    value = float(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else 0.0
     axes = ints(inputs[3] if len(inputs) > 3 else None) or list(range(x.ndim))
     both = {a % x.ndim: (pads[i], pads[i + len(axes)]) for i, a in enumerate(axes)}
-    flat = [p for axis in reversed(range(x.ndim)) for p in both.get(axis, (0, 0))]
-    return (F.pad(x, flat, value=value),)
+    mode = node.get("mode", "constant")
+    if mode == "constant":
+        value = float(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else 0.0
+        flat = [p for axis in reversed(range(x.ndim)) for p in both.get(axis, (0, 0))]
+        return (F.pad(x, flat, value=value),)
+    for axis, (begin, end) in both.items():
+        if begin or end:
+            size = x.shape[axis]
+            kept = np.arange(size)[max(-begin, 0) : size - max(-end, 0)]
+            index = np.pad(kept, (max(begin, 0), max(end, 0)), mode)
+            x = x.index_select(axis, torch.from_numpy(index).to(x.device))
+    return (x,)
 
 
 def _expand(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -162,11 +186,72 @@ def _scatter_nd(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     return (out,)
 
 
+def _scatter_elements(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    if node.get("reduction", "none") != "none":
+        raise unsupported(node, f"reduction {node.get('reduction')}")
+    data, index, update = inputs
+    axis = node.get("axis", 0)
+    index = torch.where(index < 0, index + data.shape[axis], index).long()
+    return (data.scatter(axis, index, update),)
+
+
 def _cast(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     dtype = DTYPES.get(node.attributes["to"])
     if dtype is None:
         raise unsupported(node, f"data type {node.attributes['to']}")
     return (inputs[0].to(dtype),)
+
+
+def _cast_like(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    return (inputs[0].to(inputs[1].dtype),)
+
+
+def _size(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    return (torch.tensor(inputs[0].numel(), dtype=torch.int64),)
+
+
+def _depth_to_space(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    x, block = inputs[0], node.attributes["blocksize"]
+    if node.get("mode", "DCR") == "DCR":
+        batch, channels, height, width = x.shape
+        parts = x.reshape(batch, block * block, channels // block**2, height, width)
+        x = parts.transpose(1, 2).reshape(x.shape)
+    return (F.pixel_shuffle(x, block),)
+
+
+def _space_to_depth(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    x, block = inputs[0], node.attributes["blocksize"]
+    batch, channels, height, width = x.shape
+    parts = F.pixel_unshuffle(x, block).reshape(batch, channels, block * block, -1)
+    return (parts.transpose(1, 2).reshape(batch, -1, height // block, width // block),)
+
+
+def _cumulative_sum(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    x, axis = inputs[0], int(inputs[1])
+    back = bool(node.get("reverse", 0))
+    total = (x.flip(axis) if back else x).cumsum(axis)
+    total = total.flip(axis) if back else total
+    return (total - x if node.get("exclusive", 0) else total,)
+
+
+def _arg(reduce: Callable[..., Tensor]) -> Op:
+    def op(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+        if node.get("select_last_index", 0):
+            raise unsupported(node, "select_last_index")
+        keep = bool(node.get("keepdims", 1))
+        return (reduce(inputs[0], dim=node.get("axis", 0), keepdim=keep),)
+
+    return op
+
+
+def _top_k(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    largest, ordered = bool(node.get("largest", 1)), bool(node.get("sorted", 1))
+    return tuple(inputs[0].topk(ints(inputs[1])[0], node.get("axis", -1), largest, ordered))
+
+
+def _triangle(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
+    diagonal = int(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else 0
+    return ((torch.triu if node.get("upper", 1) else torch.tril)(inputs[0], diagonal),)
 
 
 def _where(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -182,39 +267,48 @@ def _mod(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     return (function(inputs[0], inputs[1]),)
 
 
-def _plain(function: Callable[..., Any]) -> Op:
-    return lambda node, inputs: (function(*inputs),)
-
-
 SHAPE_OPS: Mapping[str, Op] = {
-    "And": _plain(torch.logical_and),
+    "And": plain(torch.logical_and),
+    "ArgMax": _arg(torch.argmax),
+    "ArgMin": _arg(torch.argmin),
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumulative_sum,
+    "DepthToSpace": _depth_to_space,
     "Dropout": _identity,
-    "Equal": _plain(torch.eq),
+    "Equal": plain(torch.eq),
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
-    "Greater": _plain(torch.gt),
-    "GreaterOrEqual": _plain(torch.ge),
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
+    "Greater": plain(torch.gt),
+    "GreaterOrEqual": plain(torch.ge),
     "Identity": _identity,
-    "Less": _plain(torch.lt),
-    "LessOrEqual": _plain(torch.le),
+    "Less": plain(torch.lt),
+    "LessOrEqual": plain(torch.le),
     "Mod": _mod,
-    "Not": _plain(torch.logical_not),
-    "Or": _plain(torch.logical_or),
+    "Not": plain(torch.logical_not),
+    "Or": plain(torch.logical_or),
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "Shape": _shape,
+    "Size": _size,
     "Slice": _slice,
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
+    "TopK": _top_k,
     "Transpose": _transpose,
+    "Trilu": _triangle,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
+    "Xor": plain(torch.logical_xor),
 }

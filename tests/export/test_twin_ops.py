@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -29,6 +30,11 @@ def test_ties_round_to_even_and_zero_points_shift(zero: int) -> None:
     model = pair(scale=0.5, zero=zero)
     x = np.arange(-80, 80, 0.25, dtype=np.float32)[None]
     assert np.array_equal(logits_of(Twin(model), x), artifact(model, x))
+
+
+def grid(*shape: int) -> NDArray[np.float32]:
+    """Numbers from -1 to 1.5, no two alike."""
+    return np.linspace(-1, 1.5, int(np.prod(shape)), dtype=np.float32).reshape(shape)
 
 
 OPERATORS: list[tuple[str, list[NDArray[Any]], dict[str, Any]]] = [
@@ -73,21 +79,107 @@ OPERATORS: list[tuple[str, list[NDArray[Any]], dict[str, Any]]] = [
     ("Max", [np.float32(0.1), np.float32(0.2)], {}),  # type: ignore[list-item]
     ("Cast", [], {"to": TensorProto.INT32}),
     ("ScatterND", [np.array([[0, 1]], I64), np.ones((1, 6, 6), np.float32)], {}),
+    *((op, [], {}) for op in ("Abs", "Atan", "Ceil", "Cos", "Exp", "Floor", "Mish", "Neg")),
+    *((op, [], {}) for op in ("Relu", "Round", "Sigmoid", "Sign", "Sin", "Sinh", "Cosh", "Tanh")),
+    *((op, [], {}) for op in ("Softplus", "Softsign", "Asinh", "Elu", "Celu", "Selu", "PRelu")),
+    ("Elu", [], {"alpha": 0.7}),
+    ("Celu", [], {"alpha": 0.7}),
+    ("Selu", [], {"alpha": 1.5, "gamma": 0.9}),
+    ("ThresholdedRelu", [], {"alpha": 0.4}),
+    ("Shrink", [], {"lambd": 0.3, "bias": 0.1}),
+    ("PRelu", [grid(4, 1, 1)], {}),
+    ("PRelu", [grid(1)], {}),
+    ("Sum", [grid(6), grid(6, 1)], {}),
+    ("Mean", [grid(6), grid(6, 1)], {}),
+    ("CastLike", [grid(1)], {}),
+    ("LogSoftmax", [], {"axis": 1}),
+    ("ReduceL1", [np.array([1], I64)], {"keepdims": 0}),
+    ("ReduceL2", [np.array([1, -1], I64)], {}),
+    ("ReduceL2", [], {}),
+    ("ReduceLogSumExp", [np.array([1], I64)], {}),
+    ("ReduceSumSquare", [np.array([2], I64)], {}),
+    ("ReduceProd", [np.array([1, 3], I64)], {"keepdims": 0}),
+    ("LpNormalization", [], {"axis": 1, "p": 2}),
+    ("LpPool", [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "p": 3}),
+    ("LpPool", [], {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ("LRN", [], {"size": 3, "alpha": 0.5, "beta": 0.7, "bias": 2.0}),
+    ("InstanceNormalization", [grid(4), grid(4)], {"epsilon": 1e-3}),
+    ("GroupNormalization", [grid(2), grid(2)], {"num_groups": 2}),
+    ("AveragePool", [], {"kernel_shape": [3, 3], "pads": [0, 1, 2, 0]}),
+    ("AveragePool", [], {"kernel_shape": [3, 3], "auto_pad": "SAME_LOWER", "strides": [2, 2]}),
+    ("ConvTranspose", [grid(4, 3, 3, 3), grid(3)], {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    ("ConvTranspose", [grid(4, 2, 3, 2)], {"group": 2, "dilations": [2, 1], "pads": [0, 1, 2, 0]}),
+    ("ConvTranspose", [grid(4, 1, 2, 2)], {"strides": [3, 2], "output_padding": [2, 1]}),
+    ("ConvTranspose", [grid(4, 1, 3, 3)], {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ("ConvTranspose", [grid(4, 1, 3, 3)], {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+    ("ConvTranspose", [grid(4, 1, 3, 3)], {"strides": [2, 2], "output_shape": [12, 11]}),
+    ("Einsum", [grid(4, 3)], {"equation": "bchw,cd->bhwd"}),
+    ("Einsum", [grid(6, 2)], {"equation": "... i, i j -> ... j"}),
+    ("GatherND", [np.array([[1, -1], [0, 2]], I64)], {}),
+    ("GatherND", [np.array([[[1], [-1]], [[0], [2]]], I64)], {"batch_dims": 1}),
+    ("GatherElements", [np.array([[[[0, -1]]]], I64)], {"axis": 3}),
+    ("ScatterElements", [np.array([[[[1, -1]]]], I64), grid(1, 1, 1, 2)], {"axis": 3}),
+    ("Pad", [np.array([0, 0, 1, 2, 0, 0, 2, 3], I64)], {"mode": "reflect"}),
+    ("Pad", [np.array([0, 0, 1, 2, 0, 0, -2, 3], I64)], {"mode": "edge"}),
+    ("Pad", [np.array([0, 0, 1, 2, 0, 0, 0, 3], I64)], {"mode": "wrap"}),
+    ("DepthToSpace", [], {"blocksize": 2, "mode": "DCR"}),
+    ("DepthToSpace", [], {"blocksize": 2, "mode": "CRD"}),
+    ("SpaceToDepth", [], {"blocksize": 2}),
+    ("CumSum", [np.array(2, I64)], {}),
+    ("CumSum", [np.array(-1, I64)], {"exclusive": 1, "reverse": 1}),
+    ("ArgMax", [], {"axis": 1}),
+    ("ArgMin", [], {"axis": 2, "keepdims": 0}),
+    ("TopK", [np.array([3], I64)], {"axis": 2}),
+    ("TopK", [np.array([2], I64)], {"largest": 0}),
+    ("Trilu", [np.array(1, I64)], {}),
+    ("Trilu", [], {"upper": 0}),
+    ("Size", [], {}),
 ]
+FLAT = {"ArgMax", "ArgMin", "Cast", "Ceil", "Floor", "Round", "Sign", "Size"}  # no slope anywhere
+
+
+def operator(op: str, extra: list[NDArray[Any]], attributes: dict[str, Any]) -> onnx.ModelProto:
+    """A graph of one node on x [2, 4, 6, 6] and constants."""
+    constants = [numpy_helper.from_array(np.asarray(v), f"c{i}") for i, v in enumerate(extra)]
+    if op == "PRelu" and not extra:
+        constants = [numpy_helper.from_array(np.asarray(grid(4, 6, 6)), "c0")]
+    outputs = ["y", "y2"] if op in ("Split", "TopK") else ["y"]
+    node = helper.make_node(op, ["x", *(c.name for c in constants)], outputs, **attributes)
+    model = model_of([node], constants, {"x": (2, 4, 6, 6)})
+    model.graph.output[0].name = "y"
+    return model
 
 
 @pytest.mark.parametrize(("op", "extra", "attributes"), OPERATORS)
 def test_operators_equal_onnx_runtime(
     op: str, extra: list[NDArray[Any]], attributes: dict[str, Any]
 ) -> None:
-    constants = [numpy_helper.from_array(np.asarray(v), f"c{i}") for i, v in enumerate(extra)]
-    outputs = ["y", "y2"] if op == "Split" else ["y"]
-    node = helper.make_node(op, ["x", *(c.name for c in constants)], outputs, **attributes)
-    model = model_of([node], constants, {"x": (2, 4, 6, 6)})
+    model = operator(op, extra, attributes)
     x = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
     found, wanted = logits_of(Twin(model), x), artifact(model, x)
     assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "extra", "attributes"), [case for case in OPERATORS if case[0] not in FLAT]
+)
+def test_gradients_are_the_slopes_of_onnx_runtime(
+    op: str, extra: list[NDArray[Any]], attributes: dict[str, Any]
+) -> None:
+    """Of a random weighted sum of the outputs, along a random direction: a central difference."""
+    model, rng = operator(op, extra, attributes), np.random.default_rng(1)
+    x, way = rng.normal(size=(2, 2, 4, 6, 6))
+    small = 1e-4 * way
+    above, below = (artifact(model, (x + h).astype(np.float32)) for h in (small, -small))
+    weight = rng.normal(size=above.shape)
+    slope = ((above.astype(np.float64) - below) * weight).sum() / 2e-4
+    moving = torch.from_numpy(x.astype(np.float32)).requires_grad_()
+    out = (Twin(model)(moving) * torch.from_numpy(weight)).sum()
+    (gradient,) = torch.autograd.grad(out, moving)
+    assert float((gradient * torch.from_numpy(way)).sum()) == pytest.approx(
+        slope, rel=0.02, abs=0.2
+    )
 
 
 @pytest.mark.parametrize("attributes", [{}, {"transA": 1, "transB": 1, "alpha": 0.5, "beta": 2.0}])
