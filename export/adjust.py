@@ -107,7 +107,7 @@ def adjust(
     quantize_graph. The result has the same nodes and names, but for the copies of inputs that split layers read, and
     what centres activations; other codes, scales and biases.
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
-    Raises DataError for fewer than 16 images.
+    Raises DataError for fewer than 16 images, ModelError for a network without a twin (see gradients.obstacle).
     """
     if len(images) < _LEAST:
         raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")

@@ -17,6 +17,7 @@ from resq_deploy.export.engine_flags import (
     EPILOG,
     add_to_bundle,
     engine_options,
+    is_given,
     take_engine_options,
 )
 
@@ -204,6 +205,8 @@ def export(
 def _export(ctx: click.Context, model: Path, **options: Any) -> Bundle:
     from resq_deploy.export.pipeline import export_model
 
+    if not is_given(ctx, "attacks"):
+        options["attacks"] = None
     return export_model(model, command=ctx.meta["resq_deploy.command"], **options)
 
 

@@ -73,7 +73,7 @@ def add_to_bundle(
     from resq_deploy.export.on_device import add_engines
 
     allowed = {*_OF_BUNDLES, *EngineOptions.__dataclass_fields__}
-    given = [p for p in ctx.command.params if _is_given(ctx, p) and p.name not in allowed]
+    given = [p for p in ctx.command.params if is_given(ctx, p.name) and p.name not in allowed]
     if given:
         flags = ", ".join(p.opts[0] for p in given)
         raise BundleError(
@@ -92,6 +92,7 @@ def add_to_bundle(
     )
 
 
-def _is_given(ctx: click.Context, parameter: click.Parameter) -> bool:
+def is_given(ctx: click.Context, name: str | None) -> bool:
+    """Whether the user gave this parameter, rather than its default."""
     defaults = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
-    return ctx.get_parameter_source(parameter.name or "") not in (None, *defaults)
+    return ctx.get_parameter_source(name or "") not in (None, *defaults)

@@ -22,8 +22,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from resq_deploy.errors import ModelError
 from resq_deploy.export.equalize import FLIP_POWER
+from resq_deploy.export.gradients import obstacle
 from resq_deploy.export.ranges import even
 from resq_deploy.export.twin import Twin
 from resq_deploy.memory import fault_space
@@ -70,10 +70,9 @@ def rounding_divergence(
     [0, 1]; `weights`: what each stands for, [N], 1 in sum
     (all alike by default). Empty for a graph that the twin cannot run.
     """
-    try:
-        twin = Twin(fp32).eval()
-    except ModelError:
+    if obstacle(fp32, images.shape[1:]) is not None:
         return {}
+    twin = Twin(fp32).eval()
     output, names = fp32.graph.output[0].name, list(candidates)
     weights = even(images) if weights is None else weights
     sums = {name: dict.fromkeys(candidates[name], 0.0) for name in names}
@@ -84,9 +83,10 @@ def rounding_divergence(
         values = twin.tensors(x, [*names, output])
         log_p = values[output].log_softmax(1)
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        inputs = [values[name] for name in names]
-        found = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs)
-        for name, gradient in zip(names, found, strict=True):
+        inputs = {name: values[name] for name in names if values[name].requires_grad}
+        answers = log_p.gather(1, labels).sum()
+        found = torch.autograd.grad(answers, list(inputs.values()), materialize_grads=True)
+        for name, gradient in zip(inputs, found, strict=True):
             value = values[name].detach()
             for method, scale in candidates[name].items():
                 error = (value / scale).round().clamp(-QMAX, QMAX) * scale - value

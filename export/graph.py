@@ -22,7 +22,7 @@ OPSETS = range(17, 22)
 DEFAULT_OPSET = 20
 
 _WRAPPED = "network"
-_PARITY = 1e-3  # of the largest logit: what ONNX Runtime and torch may differ by in float32
+PARITY = 1e-3  # of the largest logit: what ONNX Runtime and torch may differ by in float32
 _ROUNDS = 3  # of folding and rewriting; one pass can open the way for another
 
 
@@ -191,7 +191,7 @@ def _compare(module: nn.Module, model: onnx.ModelProto, shape: tuple[int, int, i
         expected = module(torch.from_numpy(images)).numpy()
     found = run(model, images)
     error = float(np.abs(found - expected).max(initial=0.0))
-    if not error <= _PARITY * max(1.0, float(np.abs(expected).max())):
+    if not error <= PARITY * max(1.0, float(np.abs(expected).max())):
         raise ModelError(
             f"the ONNX graph differs from the torch network by {error:.3g}",
             "check that the network is in eval mode and draws no random numbers",

@@ -26,7 +26,7 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.export import describe, graph, halves, joint, qdq, rules, samples
+from resq_deploy.export import describe, gradients, graph, halves, joint, qdq, rules, samples
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
@@ -46,6 +46,7 @@ HighPrecision = Literal["fp32", "fp16"]
 
 CALIB_SAMPLES = 512
 EVAL_SAMPLES = 2000
+ATTACKS = ("fgsm", "pgd")
 ATTACK_SAMPLES = 256
 CALIB_ATTACKED = 128
 EPS = 8 / 255
@@ -75,7 +76,7 @@ def export_model(
     effort: float = EFFORT,
     opset: int | None = None,
     trust_pickle: bool = False,
-    attacks: Sequence[str] = ("fgsm", "pgd"),
+    attacks: Sequence[str] | None = None,
     eps: float | str = EPS,
     attack_samples: int = ATTACK_SAMPLES,
     attack_faulty: Sequence[str | float] = (),
@@ -94,9 +95,11 @@ def export_model(
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
     to bit flips at `design_ber`, with a `redundancy` and an `effort` as in design.py.
-    `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first
-    `attack_samples` of the held-out sample. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
+    `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first `attack_samples` of the held-out sample;
+    None: fgsm and pgd. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
     inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
+    Where the twin lacks an operator of the network, stage III and attacks by default are left out with a warning, and
+    attacks that are named raise AttackError.
     `command`: what the manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
     Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
@@ -105,10 +108,11 @@ def export_model(
     target = Path(output) if output is not None else Path(model).with_suffix(".resq")
     check_free(target, force=force)
     wanted = requests(targets, batch, sm, engine or EngineOptions())
-    _check_request(attacks, eps)
+    _check_request(attacks or (), eps)
     design = Design(design_ber, redundancy, effort)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
-    attacks = tuple(dict.fromkeys((*map(white_box, attacks), *(f.attack for f in faulty))))
+    plain = map(white_box, ATTACKS if attacks is None else attacks)
+    crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
     loaded = load_model(
         model,
         arch=arch,
@@ -123,12 +127,21 @@ def export_model(
     say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
 
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
+    why = gradients.settle(
+        fp32,
+        loaded.input_shape,
+        named=[*(f"--attack {n}" for n in attacks or ()), *["--attack-faulty"] * bool(faulty)],
+        attacks=bool(crafts),
+        adjust=adjust,
+        reporter=say,
+    )
     made = _quantized(
         fp32,
         loaded,
         drawn,
         high_precision,
         design if adjust else None,
+        why,
         parse_eps(eps),
         seed,
         say,
@@ -142,7 +155,9 @@ def export_model(
         _save(made.deployed, writer.dir / INT8)
         _save_sample(writer, EVAL, drawn.held_out)
         exposed = drawn.held_out.take(attack_samples)
-        crafted = dict(_attacks(writer, fp32, made.int8, exposed, attacks, eps, seed, say))
+        crafted = dict(
+            _attacks(writer, fp32, made.int8, exposed, () if why else crafts, eps, seed, say)
+        )
         for name, moved, account in joint.sets(
             made.int8, made.deployed, exposed, faulty, eps, faulty_trials, seed, say
         ):
@@ -185,11 +200,15 @@ def _quantized(
     drawn: Drawn,
     high_precision: HighPrecision,
     design: Design | None,
+    obstacle: str | None,
     eps: float,
     seed: int,
     reporter: Reporter,
 ) -> _Quantized:
-    """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
+    """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for.
+
+    `obstacle`: why there is nothing to adjust with.
+    """
     half = high_precision == "fp16"
     plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)
@@ -198,8 +217,9 @@ def _quantized(
         fp32, plan.activations, clean, adversarial=attacked, reporter=reporter
     )
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
-    source, record = fp32, Adjustment(applied=False)
-    if design is not None:
+    source = fp32
+    record = Adjustment(applied=False, reason=obstacle if design is not None else None)
+    if design is not None and obstacle is None:
         found = stage3(
             int8,
             fp32,
@@ -263,9 +283,11 @@ def _attacks(
     reporter: Reporter,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
+    if not attacks:
+        return
     twin = Twin(int8).eval()
-    flat = zero_gradients(twin, sample) if attacks else 0.0
-    for name in map(white_box, attacks):
+    flat = zero_gradients(twin, sample)
+    for name in attacks:
         images = craft(twin, sample, name, eps, seed=seed, reporter=reporter)
         _save_sample(writer, f"attacks/{name}.npz", Sample(images, sample.labels, sample.indices))
         yield (

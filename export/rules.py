@@ -53,7 +53,7 @@ _REASONS: Mapping[str, str] = {
     "HardSwish": _GATE,
     "HardSigmoid": _GATE,
     "Tanh": _GATE,
-    "Elu": _GATE,
+    **dict.fromkeys(("Elu", "Celu", "Selu", "Mish", "Softplus", "Softsign"), _GATE),
     "Mul": "a product of activations: a float epilogue costs nothing, INT8 costs accuracy",
     "Add": "a sum of float tensors: no INT8 convolution to join",
     "ReduceL2": _NORM,

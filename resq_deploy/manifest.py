@@ -93,9 +93,13 @@ class Metrics(Strict):
 
 
 class Adjustment(Strict):
-    """What stage III did (`steps`, in order) and what a measurement says it gained."""
+    """What stage III did (`steps`, in order) and what a measurement says it gained.
+
+    `reason`: why it could not run, where it was wanted.
+    """
 
     applied: bool
+    reason: str | None = None
     design_ber: float | None = Field(default=None, gt=0.0, lt=1.0)
     steps: tuple[dict[str, Any], ...] = ()
     measured: dict[str, Any] = {}

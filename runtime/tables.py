@@ -224,7 +224,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
 def _adjusted(bundle: Bundle) -> str:
     adjustment = bundle.manifest.adjustment
     if not adjustment.applied:
-        return "stage III: not applied"
+        return f"stage III: not applied{': ' + adjustment.reason if adjustment.reason else ''}"
     ber = (
         f" for a bit error rate of {words.rate(adjustment.design_ber)}"
         if adjustment.design_ber

@@ -1,0 +1,71 @@
+"""Whether the twin can stand in for a network, asked before work begins: stage III and white-box attacks need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import torch
+
+from resq_deploy.console import Reporter
+from resq_deploy.errors import AttackError, ModelError
+from resq_deploy.export import graph
+from resq_deploy.export.heap import give_back
+from resq_deploy.export.twin import Twin
+
+_IMAGES = 2
+
+
+def obstacle(fp32: onnx.ModelProto, shape: Sequence[int]) -> str | None:
+    """Why there are no gradients of a network to be had, in one line that names the operator; None where there are.
+
+    `shape`: (C, H, W) of its input. Two images go forward, against ONNX Runtime, and backward: some operators
+    are refused for an attribute, which only shows when they run.
+    """
+    images = np.random.default_rng(0).random((_IMAGES, *shape), dtype=np.float32)
+    try:
+        x = torch.from_numpy(images).requires_grad_()
+        logits = Twin(fp32).eval()(x)
+        torch.autograd.grad(logits.sum(), x)
+    except ModelError as error:
+        return error.message
+    except Exception as error:  # torch raises many kinds, none of them documented
+        first = str(error).strip().partition("\n")[0][:160]
+        return f"the differentiable copy fails: {first or type(error).__name__}"
+    finally:
+        give_back()
+    expected = graph.run(fp32, images)
+    apart = float(np.abs(logits.detach().numpy() - expected).max(initial=0.0))
+    if not apart <= graph.PARITY * max(1.0, float(np.abs(expected).max())):
+        return f"the differentiable copy differs from ONNX Runtime by {apart:.3g}"
+    return None
+
+
+def settle(
+    fp32: onnx.ModelProto,
+    shape: Sequence[int],
+    *,
+    named: Sequence[str],
+    attacks: bool,
+    adjust: bool,
+    reporter: Reporter,
+) -> str | None:
+    """What `obstacle` says, after a warning of what an export without gradients leaves out.
+
+    `named`: the flags by which attacks that need gradients were asked for; `attacks`, `adjust`: whether any are to be
+    crafted and stage III is to run, by name or by default. Raises AttackError for an obstacle to what was named.
+    """
+    why = obstacle(fp32, shape) if attacks or adjust else None
+    if why is not None and named:
+        raise AttackError(
+            f"{named[0]} needs gradients: {why}",
+            "leave it out; resq-validate --attack square,hopskipjump needs none",
+        )
+    if why is not None:
+        lost = ["stage III is left out, so this is plain INT8 and bit flips cost more"] * adjust
+        lost += ["no adversarial inputs are stored"] * attacks
+        reporter.warn(
+            f"{why}: {'; '.join(lost)}. resq-validate --attack square,hopskipjump needs no gradients"
+        )
+    return why
