@@ -88,7 +88,8 @@ def _slice(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         picked = range(x.shape[axis])[start:end:step]
         if step > 0:
-            x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
+            inside = slice(picked.start, picked.stop, step)  # torch warns of bounds such as -2^63
+            x = x[(slice(None),) * (axis % x.ndim) + (inside,)]
         else:
             x = x.index_select(axis, torch.tensor(list(picked), device=x.device))
     return (x,)
