@@ -134,6 +134,12 @@ OPERATORS: list[tuple[str, list[NDArray[Any]], dict[str, Any]]] = [
     ("Trilu", [np.array(1, I64)], {}),
     ("Trilu", [], {"upper": 0}),
     ("Size", [], {}),
+    *((op, [2 + grid(6, 6)], {}) for op in ("Add", "Div", "MatMul", "Min", "Mul", "Sub")),
+    ("BatchNormalization", [grid(4), grid(4), grid(4), 2 + grid(4)], {"epsilon": 1e-3}),
+    ("ReduceMin", [np.array([1], I64)], {}),
+    ("Concat", [grid(2, 1, 6, 6)], {"axis": 1}),
+    ("Identity", [], {}),
+    ("Dropout", [], {}),
 ]
 FLAT = {"ArgMax", "ArgMin", "Cast", "Ceil", "Floor", "Round", "Sign", "Size"}  # no slope anywhere
 
@@ -180,6 +186,57 @@ def test_gradients_are_the_slopes_of_onnx_runtime(
     assert float((gradient * torch.from_numpy(way)).sum()) == pytest.approx(
         slope, rel=0.02, abs=0.2
     )
+
+
+BOUNDED = ("Acos", "Asin", "Atanh", "Log", "Reciprocal", "ReduceLogSum", "Sqrt", "Tan")
+
+
+@pytest.mark.parametrize("op", [*BOUNDED, "Acosh"])
+def test_operators_of_numbers_from_0_to_1_or_above_1(op: str) -> None:
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["inside"]),
+        helper.make_node("Exp", ["inside"], ["above"]),
+        helper.make_node(op, ["above" if op == "Acosh" else "inside"], ["y"]),
+    ]
+    model = model_of(nodes, [], {"x": (2, 9)})
+    x = np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32)
+    np.testing.assert_allclose(logits_of(Twin(model), x), artifact(model, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["And", "Or", "Xor"])
+@pytest.mark.parametrize("compare", ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
+def test_comparisons_and_logic_equal_onnx_runtime(compare: str, op: str) -> None:
+    nodes = [
+        helper.make_node(compare, ["x", "c"], ["first"]),
+        helper.make_node("Greater", ["x", "zero"], ["second"]),
+        helper.make_node("Not", ["second"], ["third"]),
+        helper.make_node(op, ["first", "third"], ["fourth"]),
+        helper.make_node("Where", ["fourth", "x", "c"], ["y"]),
+    ]
+    constants = [numpy_helper.from_array(v, n) for n, v in (("c", grid(6)), ("zero", 0 * grid(1)))]
+    model = model_of(nodes, constants, {"x": (2, 6)})
+    x = np.stack([grid(6), grid(6)[::-1]])
+    assert np.array_equal(logits_of(Twin(model), x), artifact(model, x))
+
+
+def test_sizes_make_tensors() -> None:
+    value = numpy_helper.from_array(np.array([2.0], np.float32))
+    nodes = [
+        helper.make_node("Constant", [], ["start"], value_int=0),
+        helper.make_node("Constant", [], ["step"], value_int=1),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Size", ["x"], ["size"]),
+        helper.make_node("Range", ["start", "size", "step"], ["places"]),
+        helper.make_node("Cast", ["places"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["numbers", "shape"], ["grid"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["twos"], value=value),
+        helper.make_node("Mul", ["grid", "twos"], ["even"]),
+        helper.make_node("Add", ["even", "x"], ["wide"]),
+        helper.make_node("Squeeze", ["wide"], ["y"]),
+    ]
+    model = model_of(nodes, [], {"x": (2, 1, 6)})
+    x = grid(2, 1, 6)
+    assert np.array_equal(logits_of(Twin(model), x), artifact(model, x))
 
 
 @pytest.mark.parametrize("attributes", [{}, {"transA": 1, "transB": 1, "alpha": 0.5, "beta": 2.0}])
