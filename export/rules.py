@@ -35,7 +35,8 @@ _MOVES = frozenset(
 _EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
 _AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})
 _INT8_FRIENDLY = frozenset({"Conv", "ConvTranspose", "Relu", "Clip", "Add", "MaxPool", "Concat"})
-_PREPROCESSING = frozenset({"Sub", "Div"})
+_PREPROCESSING = frozenset({"Sub", "Div", "Add", "Mul"})
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 _INDEXING = frozenset({"Shape", "Size", "Range", "ConstantOfShape", "Cast", "NonZero"})
 
 _NORM = "mean and variance need more than 8 bits"
@@ -110,6 +111,9 @@ class _Planner:
     weights: list[Weight] = field(default_factory=list)
     thin: dict[str, str] = field(default_factory=dict)
     epilogue: set[str] = field(default_factory=set)
+    pixels: set[str] = field(default_factory=set)
+    behind_layers: set[str] = field(default_factory=set)
+    before_layers: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         graph = self.model.graph
@@ -117,6 +121,7 @@ class _Planner:
         self.producers = fold.producers(graph)
         self.consumers = fold.consumers(graph)
         self.depth = self._depths()
+        self._find_ends()
 
     def plan(self) -> Plan:
         nodes = self.model.graph.node
@@ -166,21 +171,27 @@ class _Planner:
             return ""
         return f"thin: {inputs} -> {outputs} channels, below {THIN}"
 
+    def _is_layer(self, node: onnx.NodeProto) -> bool:
+        return node.op_type in _RECURRENT or (node.op_type in WEIGHTED and self._is_weight(node))
+
     def _is_first(self, node: onnx.NodeProto) -> bool:
-        name = node.input[0]
-        while name in self.producers and self.producers[name].op_type in _MOVES | _PREPROCESSING:
-            name = self.producers[name].input[0]
-        return any(name == value.name for value in self.model.graph.input)
+        return self.behind_layers.isdisjoint(node.input)
 
     def _is_last(self, node: onnx.NodeProto) -> bool:
-        outputs, name = {o.name for o in self.model.graph.output}, node.output[0]
-        while name not in outputs:
-            readers = self.consumers.get(name, [])
-            passes = _MOVES | _EPILOGUE | _AVERAGE | {"Add"}
-            if len(readers) != 1 or readers[0][0].op_type not in passes:
-                return False
-            name = readers[0][0].output[0]
-        return True
+        return self.before_layers.isdisjoint(node.output)
+
+    def _find_ends(self) -> None:
+        """Note which tensors are made of pixels alone, which are behind a layer, which are before one."""
+        nodes = self.model.graph.node
+        self.pixels.update(value.name for value in self.model.graph.input)
+        for node in nodes:
+            if self._is_layer(node) or not self._is_first(node):
+                self.behind_layers.update(name for name in node.output if name)
+            elif node.op_type not in ("Shape", "Size") and not self.pixels.isdisjoint(node.input):
+                self.pixels.update(node.output)
+        for node in reversed(nodes):
+            if self._is_layer(node) or not self._is_last(node):
+                self.before_layers.update(name for name in node.input if name)
 
     # Rule 2
 
@@ -266,7 +277,7 @@ class _Planner:
     def _reason(self, node: onnx.NodeProto) -> str:
         if node.name in self.thin:
             return self.thin[node.name]
-        if node.op_type in _PREPROCESSING and self._is_first(node):
+        if node.op_type in _PREPROCESSING and node.output[0] in self.pixels:
             return "pixels are normalized in float"
         if node.op_type in ("Mul", "Add") and any(name in self.arrays for name in node.input):
             return "a constant factor or addend runs in the float epilogue of the layer before it"
