@@ -93,8 +93,11 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     replace(graph.node, reversed(kept))
     order = {name: None for node in graph.node for name in node.input}
     order.update((output.name, None) for output in graph.output)
-    arrays = initializers(graph)
-    replace(graph.initializer, [arrays[name] for name in order if name in arrays])
+    place = {name: number for number, name in enumerate(order)}
+    kept_tensors = [
+        t for t in graph.initializer if t.name in place
+    ]  # two of a name: for the checker
+    replace(graph.initializer, sorted(kept_tensors, key=lambda t: place[t.name]))
 
 
 def fold_constants(model: onnx.ModelProto) -> None:

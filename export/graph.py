@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,15 @@ def to_onnx(
 
 
 def check(model: onnx.ModelProto) -> None:
-    """onnx.checker with full checks. Raises ModelError."""
+    """onnx.checker with full checks, and that no two tensors have one name. Raises ModelError."""
+    graph = model.graph
+    held = Counter(t.name for t in (*graph.initializer, *graph.input))
+    held.update(name for node in graph.node for name in node.output if name)
+    for name, count in held.items():
+        if count > 1:
+            raise ModelError(
+                f"the exported graph has {count} tensors named {name}", "rename the parameter"
+            )
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

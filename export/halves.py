@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold
+from resq_deploy.export.names import Unique
 
 LOWEST_OPSET = 19  # Q/DQ take float16 from here on
 _BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -26,6 +27,14 @@ def as_half_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return rounded
 
 
+def check_opset(opset: int) -> None:
+    """Raise ModelError for an opset whose Q/DQ take float32 only."""
+    if opset < LOWEST_OPSET:
+        raise ModelError(
+            f"opset {opset} cannot hold float16 scales", f"choose --opset {LOWEST_OPSET} or later"
+        )
+
+
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a QDQ graph whose float tensors are float16, with a Cast after the input and before the output.
 
@@ -34,11 +43,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     of an INT8 Conv or Gemm to INT32 wrongly while it optimizes, and engines fuse the Add again.
     Raises ModelError for an opset below 19, where Q/DQ take float32 only.
     """
-    opset = next(o.version for o in model.opset_import if not o.domain)
-    if opset < LOWEST_OPSET:
-        raise ModelError(
-            f"opset {opset} cannot hold float16 scales", f"choose --opset {LOWEST_OPSET} or later"
-        )
+    check_opset(next(o.version for o in model.opset_import if not o.domain))
     half = onnx.ModelProto()
     half.CopyFrom(model)
     graph = half.graph
@@ -74,20 +79,22 @@ def _halve_attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> No
 
 def _split_biases(graph: onnx.GraphProto) -> None:
     arrays, producers = fold.initializers(graph), fold.producers(graph)
+    unique = Unique([node.name for node in graph.node])
     nodes = []
     for node in graph.node:
         nodes.append(node)
         weight = producers.get(node.input[1]) if len(node.input) > 2 else None
         if node.op_type not in _BIASED or weight is None or node.input[2] not in arrays:
             continue
+        if weight.op_type != "DequantizeLinear":
+            continue
         if node.op_type != "Gemm":
-            dims = arrays[node.input[2]].dims
-            fold.replace(dims, [1, dims[0], 1, 1])
+            dims, rank = arrays[node.input[2]].dims, len(arrays[weight.input[0]].dims)
+            fold.replace(dims, [1, dims[0], *[1] * (rank - 2)])
         bias, output = node.input.pop(), node.output[0]
         node.output[0] = f"{output}.sum"
-        nodes.append(
-            helper.make_node("Add", [node.output[0], bias], [output], name=f"{node.name}.add")
-        )
+        name = unique(f"{node.name}.add")
+        nodes.append(helper.make_node("Add", [node.output[0], bias], [output], name=name))
     fold.replace(graph.node, nodes)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 
 import onnx
 from onnx import helper
@@ -25,6 +26,10 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "InstanceNormalization": ("", "weight", "bias"),
     "PRelu": ("", "weight"),
 }
+# what later steps call things that belong to a tensor: qdq.py, center.py, split.py, halves.py
+_LATER = re.compile(
+    r"scale|zero_point|quantized?|dequantized?|scaled|centered|by|last|x\d+|half|sum|add|cast"
+)
 
 
 def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None:
@@ -33,7 +38,6 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
     A node with a weight is called as the weight's module (`layer1.0.conv1`), and so are its weight and
     bias (`layer1.0.conv1.weight`). Any other node is called as its module if that is one of `leaves`
     and makes no other kind of node, else as module and operation (`layer1.0.add`). `prefix` is what a wrapper
-    put before every path. What a node computes is called `NODE.out`.
     """
     graph = model.graph
     _unshare(graph)
@@ -42,7 +46,7 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
     kinds: dict[str, set[str]] = {}
     for node, module in zip(graph.node, modules, strict=True):
         kinds.setdefault(module, set()).add(node.op_type)
-    unique, names = _Unique(), {INPUT: INPUT, OUTPUT: OUTPUT, "": ""}
+    unique, names = Unique(), {INPUT: INPUT, OUTPUT: OUTPUT, "": ""}
     for node, module in zip(graph.node, modules, strict=True):
         whole = _weight(node, arrays, prefix) or (module in leaves and len(kinds[module]) == 1)
         parts = (module,) if whole else (module, node.op_type.lower())
@@ -50,10 +54,14 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
         for position, name in enumerate(node.output):
             many = str(position) if len(node.output) > 1 else ""
             names.setdefault(name, f"{node.name}.out{many}")
+    computed, wanted = set(names.values()) - {""}, dict[str, str]()
     for node in graph.node:
         for position, name in enumerate(node.input):
             if name in arrays and name not in names:
-                names[name] = unique(_parameter(node, position, name, prefix))
+                wanted.setdefault(name, _parameter(node, position, name, prefix))
+    known = computed | set(wanted.values())
+    for name, good in wanted.items():
+        names[name] = unique(good, lambda new: new in computed or _is_later(new, known))
     rename_tensors(graph, names)
 
 
@@ -87,19 +95,30 @@ def forget_origin(model: onnx.ModelProto, name: str, opset: int) -> None:
     fold.replace(model.opset_import, [helper.make_opsetid("", opset)])
 
 
-class _Unique:
-    """Hands out names, each once: the second `a` is `a_1`."""
+class Unique:
+    """Hands out names, each once and none of those `used`: the second `a` is `a_1`."""
 
-    def __init__(self) -> None:
-        self._used: set[str] = set()
+    def __init__(self, used: Collection[str] = ()) -> None:
+        self._used = set(used)
 
-    def __call__(self, name: str) -> str:
+    def __call__(self, name: str, reserved: Callable[[str], bool] = lambda _: False) -> str:
         found, count = name, 0
-        while found in self._used:
+        while found in self._used or reserved(found):
             count += 1
             found = f"{name}_{count}"
         self._used.add(found)
         return found
+
+
+def _is_later(name: str, tensors: Collection[str]) -> bool:
+    """Whether a later step may call something of one of these tensors so."""
+    while "." in name:
+        name, _, word = name.rpartition(".")
+        if not _LATER.fullmatch(word):
+            return False
+        if name in tensors:
+            return True
+    return False
 
 
 def _unshare(graph: onnx.GraphProto) -> None:

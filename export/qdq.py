@@ -22,6 +22,7 @@ from resq_deploy.errors import ModelError
 from resq_deploy.export import fold
 from resq_deploy.export.biases import LARGEST
 from resq_deploy.export.halves import as_half_scales
+from resq_deploy.export.names import Unique
 from resq_deploy.export.rules import Plan, Weight, plan
 
 
@@ -71,7 +72,8 @@ def quantize_graph(
     `ranges`: one per tensor of `activation_tensors(fp32)`. `weight_scales` (float32 [channels]) and
     `codes` (INT8, shaped as the weight) replace, by weight name, what quantization.py would choose.
     `half_scales`: only scales that float16 can hold (see halves.py).
-    Raises ModelError where a range, scale or code does not fit.
+    Raises ModelError where a range, scale or code does not fit, or a tensor of the graph has a name that
+    quantization needs.
     """
     where = where or plan(fp32, half=half_scales)
     scales = shared_scales(where, ranges)
@@ -81,7 +83,7 @@ def quantize_graph(
     model.CopyFrom(fp32)
     arrays = fold.initializers(model.graph)
     weights = {w.node: w for w in where.weights}
-    edited = _Edit()
+    edited = _Edit(fp32.graph)
     for value in fp32.graph.input:
         edited.activation(value.name, scales)
     for node in model.graph.node:
@@ -159,15 +161,18 @@ def _codes(
 
 
 class _Edit:
-    """Collects the nodes and initializers of the new graph."""
+    """Collects the nodes and initializers of the new graph, beside those of an FP32 graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, fp32: onnx.GraphProto) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
+        computed = (name for node in fp32.node for name in node.output)
+        self._tensors = {*computed, *(v.name for v in (*fp32.input, *fp32.initializer))}
+        self._name = Unique([node.name for node in fp32.node])
 
     def weight(self, weight: Weight, codes: NDArray[np.int8], scale: NDArray[np.float32]) -> str:
         name = weight.name
-        self._constant(name, codes)
+        self.tensors.append(numpy_helper.from_array(codes, name))
         self._constant(f"{name}.scale", scale.astype(np.float32))
         self._constant(f"{name}.zero_point", np.zeros(scale.shape, np.int8))
         return self._node("DequantizeLinear", name, name, axis=weight.axis)
@@ -180,13 +185,22 @@ class _Edit:
         self._node("DequantizeLinear", self._node("QuantizeLinear", name, name), name)
 
     def _constant(self, name: str, value: NDArray[Any]) -> None:
-        self.tensors.append(numpy_helper.from_array(value, name))
+        self.tensors.append(numpy_helper.from_array(value, self._new(name)))
+
+    def _new(self, name: str) -> str:
+        if name in self._tensors:
+            raise ModelError(
+                f"the graph has a tensor {name} already, and quantization needs the name",
+                "rename the parameter",
+            )
+        self._tensors.add(name)
+        return name
 
     def _node(self, op: str, source: str, stem: str, axis: int | None = None) -> str:
         verb = op.removesuffix("Linear").lower()
         inputs = [source, f"{stem}.scale", f"{stem}.zero_point"]
-        output = f"{stem}.{verb}d"
-        node = helper.make_node(op, inputs, [output], name=f"{stem}.{verb}")
+        output = self._new(f"{stem}.{verb}d")
+        node = helper.make_node(op, inputs, [output], name=self._name(f"{stem}.{verb}"))
         if axis is not None:
             node.attribute.append(helper.make_attribute("axis", axis))
         self.nodes.append(node)
