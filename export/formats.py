@@ -47,6 +47,19 @@ def read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
         return _pickled(file, trust_pickle)
 
 
+def other_type(network: nn.Module) -> str:
+    """Type and name of the first floating parameter that is not float32; an empty text if there is none."""
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            return f"{str(parameter.dtype).removeprefix('torch.')} ({name})"
+    return ""
+
+
+def in_float32(network: nn.Module) -> nn.Module:
+    """The network itself, its parameters and buffers float32 where its parameters were not."""
+    return network.float() if other_type(network) else network
+
+
 def _members(file: Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:

@@ -10,11 +10,13 @@ pickle        a pickled module: loading it runs its author's code, so only if it
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,9 @@ from resq_deploy.export.formats import Form
 from resq_deploy.export.graph import Preprocessed, quiet
 
 Shape = tuple[int, int, int]
+
+_SAVE_IN_FLOAT32 = "save the network in float32: call its .float() before it is traced or saved"
+_TYPES = re.compile(r"\b(dtype|Half|Double|BFloat16|b?float16|float64)\b")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,18 +66,21 @@ def load_model(
     classes: Sequence[str] | None = None,
     trust_pickle: bool = False,
     default_shape: Callable[[], Shape] | None = None,
+    default_classes: Callable[[Shape], int] | None = None,
 ) -> LoadedModel:
-    """Read a model file in any form. What is given wins over what the file says.
+    """Read a model file in any form. What is given wins over what the file says, but for a checkpoint's network.
 
     `arch`, `arch_args`: needed for a state dict (see networks.build). `input_shape` (C, H, W): needed
     unless the file is a checkpoint or `default_shape` knows one. `mean`, `std`: preprocessing per
     channel, or one number for all; default: the file's, else none. `classes`: names; default: the
-    file's, else as many as there are logits.
+    file's, else as many as there are logits: a state dict's network is built with as many as
+    `default_classes` says of images of its shape, or as its last matrix has rows.
     Raises ModelError for a file that is missing, damaged or no model, for a pickled module that is not
-    trusted, for weights of another architecture, and for an input shape that the network refuses.
+    trusted, for weights of another architecture or type, and for an input shape that the network refuses.
     """
     file = Path(path)
     form, content = formats.read(file, trust_pickle)
+    _check_arch(file, form, content, arch, arch_args or {})
     if isinstance(content, Checkpoint):
         return _of_checkpoint(file, content, input_shape, mean, std, classes)
     if input_shape is None and default_shape is None:
@@ -82,9 +90,14 @@ def load_model(
     shape = input_shape or (default_shape() if default_shape else (0, 0, 0))
     network: nn.Module = content
     if form == "state dict":
-        network = _fill(file, content, arch, arch_args or {}, shape, classes)
+        counts = _counts(content, shape, classes, default_classes)
+        network = _fill(file, content, arch, arch_args or {}, shape, counts)
     elif form == "TorchScript":
-        network = _converted(file, content, shape)
+        network = _converted(file, formats.in_float32(content), shape)
+    elif form == "pickle":
+        network = formats.in_float32(content)
+    elif other := formats.other_type(content):
+        raise ModelError(f"{file} holds parameters in {other}", _SAVE_IN_FLOAT32)
     means, stds = _per_channel(mean, 0.0, shape), _per_channel(std, 1.0, shape)
     module = Preprocessed(network, means, stds)
     logits = try_out(module, shape, None if classes is None else len(classes))
@@ -92,6 +105,25 @@ def load_model(
     return LoadedModel(
         module, form, arch or form.lower(), shape, names, means, stds, sha256_of(file)
     )
+
+
+def _check_arch(
+    file: Path, form: Form, content: Any, arch: str | None, args: Mapping[str, Any]
+) -> None:
+    """Raise ModelError for an architecture that the file has no use for, or that is not its own."""
+    if isinstance(content, Checkpoint):
+        told, own = (a.removeprefix("torchvision:") for a in (arch or content.arch, content.arch))
+        if told != own or not args.items() <= content.arch_args.items():
+            given = ", ".join((told, *(f"{k}={v}" for k, v in args.items())))
+            known = ", ".join((own, *(f"{k}={v}" for k, v in content.arch_args.items())))
+            raise ModelError(
+                f"{file} is a checkpoint of {known}, not of {given}",
+                "leave out --arch and --arch-arg: the checkpoint knows them",
+            )
+    elif args and form != "state dict":
+        raise ModelError(
+            f"{file} is a network already ({form}), with nothing to build", "leave out --arch-arg"
+        )
 
 
 def try_out(module: nn.Module, shape: Shape, classes: int | None) -> int:
@@ -127,8 +159,16 @@ def _run(module: nn.Module, shape: Shape, count: int) -> Any:
         first = str(error).strip().partition("\n")[0][:160]
         raise ModelError(
             f"the network does not run on {count} images of {size}: {first}",
-            "give the --input-shape it was trained with; an exported program needs a dynamic batch",
+            _cure(
+                error,
+                "give the --input-shape it was trained with; an exported program needs a dynamic batch",
+            ),
         ) from error
+
+
+def _cure(error: Exception, usual: str) -> str:
+    """What to do about a network that does not run: another type of number says so in torch's message."""
+    return _SAVE_IN_FLOAT32 if _TYPES.search(str(error)) else usual
 
 
 def _of_checkpoint(
@@ -166,6 +206,10 @@ def _of_checkpoint(
 
 def _per_channel(values: Sequence[float] | None, default: float, shape: Shape) -> tuple[float, ...]:
     given = (default,) if values is None else tuple(map(float, values))
+    if not np.isfinite(given).all():
+        raise ModelError(
+            f"preprocessing {given} is not finite", "give plain numbers to --mean and --std"
+        )
     if len(given) not in (1, shape[0]) or (default == 1.0 and min(given) <= 0):
         raise ModelError(
             f"preprocessing {given} for {shape[0]} channels",
@@ -174,25 +218,45 @@ def _per_channel(values: Sequence[float] | None, default: float, shape: Shape) -
     return given * shape[0] if len(given) == 1 else given
 
 
+def _counts(
+    weights: Mapping[str, Tensor],
+    shape: Shape,
+    classes: Sequence[str] | None,
+    default: Callable[[Shape], int] | None,
+) -> tuple[int, ...]:
+    """How many classes a state dict's network may have, the likeliest first."""
+    if classes is not None:
+        return (len(classes),)
+    told = () if default is None else (default(shape),)
+    return tuple(dict.fromkeys((*told, _outputs(weights))))
+
+
 def _fill(
     file: Path,
     weights: Mapping[str, Tensor],
     arch: str | None,
     arch_args: Mapping[str, Any],
     shape: Shape,
-    classes: Sequence[str] | None,
+    counts: Sequence[int],
 ) -> nn.Module:
-    """The network that a state dict belongs to."""
+    """The network that a state dict belongs to, with the first of `counts` classes that fits."""
     if arch is None:
         some = ", ".join(list(weights)[:3])
         raise ModelError(
             f"{file} holds weights only ({some}, ...)",
             "name their network: --arch torchvision:resnet18, --arch resnet8, or --arch pkg.module:factory",
         )
-    count = _outputs(weights) if classes is None else len(classes)
-    network = networks.build(arch, input_shape=shape, classes=count, args=arch_args)
-    load_weights(network, weights, arch)
-    return network.eval()
+    refused: ModelError | None = None
+    for count in counts:
+        network = networks.build(arch, input_shape=shape, classes=count, args=arch_args)
+        try:
+            load_weights(network, weights, arch)
+        except ModelError as error:
+            refused = refused or error
+        else:
+            return network.eval()
+    assert refused is not None
+    raise refused
 
 
 def _outputs(weights: Mapping[str, Tensor]) -> int:
@@ -213,5 +277,8 @@ def _converted(file: Path, script: Any, shape: Shape) -> nn.Module:
             first = str(error).strip().partition("\n")[0][:160]
             raise ModelError(
                 f"the TorchScript in {file} cannot be converted: {first}",
-                "check --input-shape, or save the network with torch.export.save or as a state_dict",
+                _cure(
+                    error,
+                    "check --input-shape, or save the network with torch.export.save or as a state_dict",
+                ),
             ) from error

@@ -35,6 +35,11 @@ def shape_of(source: Source) -> Shape:
     return _load(source, "train", None, Reporter()).shape
 
 
+def classes_of(source: Source, shape: Shape) -> int:
+    """How many classes the data set has that a network of this input shape is judged by. Raises DataError."""
+    return len(_load(source, "test", shape, Reporter()).classes)
+
+
 def draw(
     model: LoadedModel,
     calib: Source | None,

@@ -119,7 +119,60 @@ def test_code_in_a_pickle_does_not_run(protocol: int | str, tmp_path: Path) -> N
     assert not marker.exists()
 
 
+# How many classes
+
+
+def save_reordered(path: Path) -> None:
+    """A state dict whose classifier comes first."""
+    state = checkpoint().state_dict
+    first = {k: v for k, v in state.items() if k.startswith("fc.")}
+    torch.save({**first, **state}, path)
+
+
+def test_the_data_say_how_many_classes_there_are(tmp_path: Path) -> None:
+    save_reordered(tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt", **ARCH, **PLAIN, default_classes=lambda shape: 3)
+    assert computes_the_same(loaded)
+    with pytest.raises(ModelError, match=r"misshapen fc\.weight"):
+        load_model(tmp_path / "m.pt", **ARCH, **PLAIN)
+
+
+def test_data_of_other_classes_do_not_hide_what_the_weights_say(tmp_path: Path) -> None:
+    save_state(tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt", **ARCH, **PLAIN, default_classes=lambda shape: 7)
+    assert len(loaded.classes) == 3
+
+
 # Refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"arch": "resnet18"}, {"arch_args": {"width": 99}}, {"arch_args": {"depth": 1}}],
+)
+def test_a_checkpoint_of_another_network_than_the_one_named(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint().save(tmp_path / "m.pt")
+    with pytest.raises(ModelError, match="a checkpoint of resnet8, width=16, not of res") as caught:
+        load_model(tmp_path / "m.pt", **options)
+    assert "leave out --arch" in caught.value.hint
+    assert load_model(tmp_path / "m.pt", **ARCH).arch == "resnet8"
+
+
+def test_arguments_of_a_network_that_is_not_built(tmp_path: Path) -> None:
+    save_exported(tmp_path / "m.pt2")
+    with pytest.raises(ModelError, match=r"a network already \(exported\)"):
+        load_model(tmp_path / "m.pt2", **PLAIN, arch_args={"width": 99})
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_preprocessing_is_finite(name: str, value: float, tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "m.pt")
+    given: dict[str, Any] = {name: (value,)}
+    with pytest.raises(ModelError, match="is not finite"):
+        load_model(tmp_path / "m.pt", **given)
 
 
 def write(path: Path, data: bytes) -> Path:
