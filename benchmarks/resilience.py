@@ -157,7 +157,7 @@ def export(setup: Setup, network: Network, row: str, seed: int, place: Path) -> 
         checkpoint,
         path,
         adjust=row.endswith("III"),
-        design_ber=DESIGN_BER,
+        **({"design_ber": DESIGN_BER} if row.endswith("III") else {}),
         eval=setup.data,
         eval_samples=setup.images,
         attacks=ATTACKS,

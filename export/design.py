@@ -11,6 +11,7 @@ from resq_deploy.errors import DataError
 DESIGN_BER = 1e-3
 REDUNDANCY = 0.1
 EFFORT = 1.0
+LEAST = 16  # calibration images: fewer cannot be split into learning and held-out ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from resq_deploy.runtime.trtlib import TITLES, library
 
 Batch = tuple[int, int, int]
 
+BATCH: Batch = (1, 8, 64)  # of an engine that nobody asked another one for
+_MOST_BYTES = 2**63 - 1  # what the libraries' interface takes
 _CLASSIC_ONLY = ("timing_cache", "version_compatible", "hardware_compatible")
 
 
@@ -95,15 +97,15 @@ def requests(
     """One request for each engine among `targets` (`onnx` is none), in their order, each once.
 
     `sm` goes to TensorRT-RTX, and options that only TensorRT has to TensorRT, where both are asked for.
-    Raises BackendError for a target that does not exist or has no such option, MissingExtra where its library
-    is not installed.
+    Raises BackendError for a target that does not exist or has no such option, for options of engines where none
+    is asked for, and MissingExtra where a library is not installed.
     """
     engines = [name for name in dict.fromkeys(targets) if name != "onnx"]
     for name in engines:
         if name not in TITLES:
             known = ", ".join(("onnx", *TITLES))
             raise BackendError(f"unknown target {name!r}", f"one of: {known}")
-    asked = [*(["sm"] if sm else []), *options.given]
+    asked = [*(["sm"] if sm else []), *options.given, *(["batch"] if batch != BATCH else [])]
     if asked and not engines:
         flag = asked[0].replace("_", "-")
         raise BackendError(f"--{flag} is for engines", "name one: --target tensorrt-rtx")
@@ -142,5 +144,5 @@ def _check_numbers(batch: Batch, options: EngineOptions) -> None:
     level, workspace = options.optimization_level, options.workspace
     if level is not None and not 0 <= level <= 5:
         raise BackendError(f"optimization level {level}", "0 to 5")
-    if workspace is not None and workspace < 1:
-        raise BackendError(f"a workspace of {workspace} bytes", "a positive number of bytes")
+    if workspace is not None and not 1 <= workspace <= _MOST_BYTES:
+        raise BackendError(f"a workspace of {workspace} bytes", "a positive size, such as 2G")

@@ -71,9 +71,7 @@ def to_onnx(
     `opset`: 17 to 21. Raises ModelError where torch cannot export the network with a free batch, the
     result fails onnx.checker, or ONNX Runtime computes something else than torch.
     """
-    wanted = DEFAULT_OPSET if opset is None else opset
-    if wanted not in OPSETS:
-        raise ModelError(f"opset {wanted}", f"choose one of {OPSETS[0]} to {OPSETS[-1]}")
+    wanted = checked_opset(opset)
     model = _simplified(_exported(module, shape, wanted))
     _pools(model)
     fold.drop_unused(model.graph)
@@ -84,6 +82,14 @@ def to_onnx(
     check(model)
     _compare(module, model, shape)
     return model
+
+
+def checked_opset(opset: int | None) -> int:
+    """The opset of a graph; None: the default. Raises ModelError for one that torch does not write."""
+    wanted = DEFAULT_OPSET if opset is None else opset
+    if wanted not in OPSETS:
+        raise ModelError(f"opset {wanted}", f"choose one of {OPSETS[0]} to {OPSETS[-1]}")
+    return wanted
 
 
 def check(model: onnx.ModelProto) -> None:

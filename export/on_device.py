@@ -9,9 +9,15 @@ from pathlib import Path
 
 from resq_deploy.bundle import INT8, MANIFEST, Bundle, BundleWriter, sha256_of
 from resq_deploy.console import Reporter
-from resq_deploy.errors import BackendError, BundleError, IntegrityError
+from resq_deploy.errors import BackendError, BundleError, IntegrityError, ResqError
 from resq_deploy.export.engine import add_requested
-from resq_deploy.export.engine_options import Batch, EngineOptions, Request, requests
+from resq_deploy.export.engine_options import (
+    BATCH,
+    Batch,
+    EngineOptions,
+    Request,
+    requests,
+)
 from resq_deploy.signing import SIGNATURE
 
 
@@ -20,7 +26,7 @@ def add_engines(
     output: str | os.PathLike[str] | None = None,
     *,
     targets: Sequence[str],
-    batch: Batch = (1, 8, 64),
+    batch: Batch = BATCH,
     sm: Sequence[str | int] = (),
     options: EngineOptions | None = None,
     force: bool = False,
@@ -55,6 +61,35 @@ def add_engines(
             f" Sign it: resq sign {made.path} --key KEY"
         )
     return made
+
+
+def complete(
+    made: Bundle,
+    *,
+    targets: Sequence[str],
+    batch: Batch,
+    sm: Sequence[str | int],
+    options: EngineOptions,
+    reporter: Reporter,
+) -> Bundle:
+    """`add_engines` for a bundle that was just written, as it is where `targets` has no engine.
+
+    Raises BackendError that says that the bundle is there, and how to try again.
+    """
+    engines = [name for name in dict.fromkeys(targets) if name != "onnx"]
+    if not engines:
+        return made
+    try:
+        added = add_engines(
+            made.path, targets=targets, batch=batch, sm=sm, options=options, reporter=reporter
+        )
+    except ResqError as error:
+        again = " ".join(("resq-export", str(made.path), *(f"--target {e}" for e in engines)))
+        raise BackendError(
+            f"{made.path} is finished, but for its engines: {error.message}",
+            f"{error.hint}; then {again}" if error.hint else again,
+        ) from error
+    return Bundle(made.path, added.manifest)
 
 
 def _check(source: Bundle, wanted: Sequence[Request], force: bool) -> None:

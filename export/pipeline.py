@@ -26,15 +26,15 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.export import describe, gradients, graph, halves, joint, qdq, rules, samples
+from resq_deploy.export import asked, describe, gradients, graph, halves, joint, qdq, rules, samples
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
 from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
-from resq_deploy.export.engine import add_requested
-from resq_deploy.export.engine_options import EngineOptions, requests
+from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
 from resq_deploy.export.load import LoadedModel, load_model
+from resq_deploy.export.on_device import complete
 from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
 from resq_deploy.manifest import Adjustment
@@ -65,7 +65,7 @@ def export_model(
     calib_samples: int = CALIB_SAMPLES,
     eval: Source | None = None,
     eval_samples: int = EVAL_SAMPLES,
-    batch: tuple[int, int, int] = (1, 8, 64),
+    batch: tuple[int, int, int] = BATCH,
     targets: Sequence[Target] = ("onnx",),
     sm: Sequence[str] = (),
     engine: EngineOptions | None = None,
@@ -102,17 +102,23 @@ def export_model(
     attacks that are named raise AttackError.
     `command`: what the manifest names as the command line.
     The same arguments and seed give the same model.int8.onnx, byte for byte.
-    Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then.
+    Raises a ResqError (ModelError, DataError, BundleError, ...); nothing is left at `output` then. Only where an
+    engine cannot be built (BackendError), the bundle is finished, without engines: see on_device.add_engines.
     """
     say = reporter or Reporter()
     target = Path(output) if output is not None else Path(model).with_suffix(".resq")
     check_free(target, force=force)
-    wanted = requests(targets, batch, sm, engine or EngineOptions())
-    _check_request(attacks or (), eps)
+    builder = engine or EngineOptions()
+    requests(targets, batch, sm, builder)
     design = Design(design_ber, redundancy, effort)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
+    asked.check_attacks(attacks or (), eps, faulty, faulty_trials)
+    asked.check_precision(high_precision, opset)
+    asked.check_design(design, adjust)
+    asked.check_calibration(calib_samples, adjust)
     plain = map(white_box, ATTACKS if attacks is None else attacks)
     crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
+    judge = eval if eval is not None else calib
     loaded = load_model(
         model,
         arch=arch,
@@ -122,8 +128,10 @@ def export_model(
         std=std,
         trust_pickle=trust_pickle,
         default_shape=None if calib is None else lambda: samples.shape_of(calib),
+        default_classes=None if judge is None else lambda shape: samples.classes_of(judge, shape),
     )
     drawn = samples.draw(loaded, calib, calib_samples, eval, eval_samples, seed=seed, reporter=say)
+    asked.check_calibration(len(drawn.calibration), adjust)
     say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
 
     fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
@@ -163,8 +171,7 @@ def export_model(
         ):
             _save_sample(writer, f"attacks/{name}.npz", moved)
             crafted[name] = account | {"model_sha256": sha256_of(writer.dir / INT8)}
-        engines = add_requested(writer.dir, writer.dir / INT8, wanted, say)
-        return writer.finish(
+        bundle = writer.finish(
             {
                 "name": target.name.removesuffix(".resq") or "model",
                 "arch": loaded.arch,
@@ -176,10 +183,10 @@ def export_model(
                 "adjustment": made.record,
                 "metrics": metrics,
                 "attacks": crafted,
-                "engines": engines,
                 "provenance": _provenance(loaded, drawn, command, seed),
             }
         )
+    return complete(bundle, targets=targets, batch=batch, sm=sm, options=builder, reporter=say)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,13 +262,6 @@ def _provenance(
         "calibration": drawn.record,
         "training": {**loaded.trained, "metrics": dict(loaded.metrics)},
     }
-
-
-def _check_request(attacks: Sequence[str], eps: float | str) -> None:
-    """Refuse what cannot work before the work begins."""
-    for name in attacks:
-        white_box(name)
-    parse_eps(eps)
 
 
 def _attacked(

@@ -15,7 +15,7 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError, MissingExtra
 from resq_deploy.export import engine, engine_options
 from resq_deploy.export.engine import add_engine, build_engine
-from resq_deploy.export.engine_options import EngineOptions, requests
+from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
 from resq_deploy.runtime.plan import PlanMap
 from tests.export.engines import SM
 from tests.runtime.plans import QdqGraph, conv_file, weight
@@ -300,7 +300,7 @@ def test_each_target_gets_the_options_it_has(monkeypatch: pytest.MonkeyPatch) ->
         ("tensorrt", (), options.given),
         ("tensorrt-rtx", ("86",), {"workspace": 2**20}),
     ]
-    assert requests(("onnx",), (1, 2, 3), (), EngineOptions()) == ()
+    assert requests(("onnx",), BATCH, (), EngineOptions()) == ()
     assert len(requests(("tensorrt-rtx",) * 2, (1, 2, 3), (), EngineOptions())) == 1
 
 

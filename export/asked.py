@@ -1,0 +1,53 @@
+"""What an export is asked for, and whether that can be had: looked at before any long work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resq_deploy.budget import parse_eps
+from resq_deploy.errors import AttackError, DataError
+from resq_deploy.export import graph, halves
+from resq_deploy.export.craft import white_box
+from resq_deploy.export.design import LEAST, Design
+from resq_deploy.export.joint import TRIALS, FaultyAttack
+
+
+def check_attacks(
+    attacks: Sequence[str], eps: float | str, faulty: Sequence[FaultyAttack], trials: int
+) -> None:
+    """Raise AttackError for an attack or a budget that does not exist, or for `trials` of no faulty attack."""
+    for name in attacks:
+        white_box(name)
+    parse_eps(eps)
+    if trials != TRIALS and not faulty:
+        raise AttackError(
+            "--faulty-trials is for --attack-faulty", "name one: --attack-faulty 1e-3"
+        )
+
+
+def check_precision(high_precision: str, opset: int | None) -> None:
+    """Raise ModelError for an opset that torch does not write, or that has no float16 scales where they are wanted."""
+    wanted = graph.checked_opset(opset)
+    if high_precision == "fp16":
+        halves.check_opset(wanted)
+
+
+def check_design(design: Design, adjust: bool) -> None:
+    """Raise DataError for a design that is not the usual one where stage III is left out."""
+    usual = Design()
+    if adjust or design == usual:
+        return
+    flags = {"ber": "design-ber", "redundancy": "redundancy", "effort": "effort"}
+    given = next(f for name, f in flags.items() if getattr(design, name) != getattr(usual, name))
+    raise DataError(
+        f"--{given} is for stage III, which --no-adjust leaves out", "leave out one of them"
+    )
+
+
+def check_calibration(images: int, adjust: bool) -> None:
+    """Raise DataError for fewer calibration images than stage III needs."""
+    if adjust and images < LEAST:
+        raise DataError(
+            f"{images} calibration images, and stage III needs at least {LEAST}",
+            "give more --calib-samples, or --no-adjust",
+        )
