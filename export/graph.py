@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from resq_deploy.errors import ModelError
-from resq_deploy.export import fold, names
+from resq_deploy.export import fold, footprint, names
 
 OPSETS = range(17, 22)
 DEFAULT_OPSET = 20
@@ -110,18 +110,22 @@ def check(model: onnx.ModelProto) -> None:
 
 
 def run(
-    model: onnx.ModelProto, images: NDArray[np.float32], batch: int = 256
+    model: onnx.ModelProto, images: NDArray[np.float32], batch: int | None = None
 ) -> NDArray[np.float32]:
-    """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes]."""
+    """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes].
+
+    `batch`: images at once; default: 256, or as many as a quarter of a GiB of activations allows.
+    """
     import onnxruntime as ort
 
+    size = batch or footprint.run_batch(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    starts = range(0, len(images), batch)
-    parts = [session.run([names.OUTPUT], {names.INPUT: images[s : s + batch]})[0] for s in starts]
+    starts = range(0, len(images), size)
+    parts = [session.run([names.OUTPUT], {names.INPUT: images[s : s + size]})[0] for s in starts]
     logits: NDArray[np.float32] = np.concatenate(parts)
     return logits
 

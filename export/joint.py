@@ -20,6 +20,7 @@ from resq_deploy.bundle import Sample
 from resq_deploy.console import Reporter
 from resq_deploy.errors import FaultError
 from resq_deploy.export.craft import craft, parameters_of, white_box
+from resq_deploy.export.footprint import gradient_batch
 from resq_deploy.export.twin import Twin
 from resq_deploy.fault_models import parse
 from resq_deploy.faults import Flips
@@ -109,10 +110,19 @@ def sets(
     if not asked:
         return
     twin, part = Twin(int8).eval(), sample.take(SAMPLES)
+    size = gradient_batch(int8)
     with OrtRunner(deployed) as runner:
         for one in asked:
             moved, account = stored(
-                twin, runner, part, one, eps, trials=trials, seed=seed, reporter=reporter
+                twin,
+                runner,
+                part,
+                one,
+                eps,
+                trials=trials,
+                batch=size,
+                seed=seed,
+                reporter=reporter,
             )
             yield one.name, moved, account
 
@@ -125,12 +135,13 @@ def stored(
     eps: float | str,
     *,
     trials: int = TRIALS,
+    batch: int = 128,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> tuple[Sample, dict[str, Any]]:
     """A set as a bundle keeps it, the same images in each trial; and what its manifest says, without the model's hash.
 
-    Trial i has the faults of trial i of a campaign with this fault model and seed.
+    Trial i has the faults of trial i of a campaign with this fault model and seed. `batch`: images crafted at once.
     """
     model, part = parse(asked.model), runner.space.select(WHERE)
     model.check(part)
@@ -142,7 +153,10 @@ def stored(
         trials=trials,
         flips=tuple(f.digest()[:16] for f in flips),
     )
-    made = list(craft_faulty(twin, sample, asked.attack, eps, flips, seed=seed, reporter=reporter))
+    crafted = craft_faulty(
+        twin, sample, asked.attack, eps, flips, batch=batch, seed=seed, reporter=reporter
+    )
+    made = list(crafted)
     found = measure(runner, sample, None, made, list(draw(memory, runner.space)))
     moved = Sample(np.concatenate(made), *(np.tile(v, trials) for v in _keys(sample)))
     return moved, {

@@ -26,7 +26,18 @@ from resq_deploy.bundle import (
     sha256_of,
 )
 from resq_deploy.console import Reporter
-from resq_deploy.export import asked, describe, gradients, graph, halves, joint, qdq, rules, samples
+from resq_deploy.export import (
+    asked,
+    describe,
+    footprint,
+    gradients,
+    graph,
+    halves,
+    joint,
+    qdq,
+    rules,
+    samples,
+)
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
@@ -219,7 +230,8 @@ def _quantized(
     half = high_precision == "fp16"
     plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)
-    attacked = _attacked(loaded.module, images, eps, seed, reporter)
+    size = footprint.gradient_batch(fp32)
+    attacked = _attacked(loaded.module, images, eps, size, seed, reporter)
     ranges: Mapping[str, Range] = calibrate(
         fp32, plan.activations, clean, adversarial=attacked, reporter=reporter
     )
@@ -265,11 +277,11 @@ def _provenance(
 
 
 def _attacked(
-    network: nn.Module, sample: Sample, eps: float, seed: int, reporter: Reporter
+    network: nn.Module, sample: Sample, eps: float, batch: int, seed: int, reporter: Reporter
 ) -> list[Images]:
     """FGSM versions of some calibration images: ranges must not clip what an attacker can send."""
     part = sample.take(CALIB_ATTACKED)
-    return [craft(network, part, "fgsm", eps, seed=seed, reporter=reporter)]
+    return [craft(network, part, "fgsm", eps, batch=batch, seed=seed, reporter=reporter)]
 
 
 def _attacks(
@@ -285,10 +297,10 @@ def _attacks(
     """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
     if not attacks:
         return
-    twin = Twin(int8).eval()
-    flat = zero_gradients(twin, sample)
+    twin, size = Twin(int8).eval(), footprint.gradient_batch(int8)
+    flat = zero_gradients(twin, sample, size)
     for name in attacks:
-        images = craft(twin, sample, name, eps, seed=seed, reporter=reporter)
+        images = craft(twin, sample, name, eps, batch=size, seed=seed, reporter=reporter)
         _save_sample(writer, f"attacks/{name}.npz", Sample(images, sample.labels, sample.indices))
         yield (
             name,
