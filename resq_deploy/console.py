@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from resq_deploy._streams import guarded
 from resq_deploy.errors import ResqError
 
 OK = 0
@@ -145,29 +145,37 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run(command: click.Command, args: list[str] | None = None, prog_name: str | None = None) -> int:
-    """Run a click command and return its exit status: 0 done, 1 a requirement was not met, 2 bad input, 3 our bug.
+    """Run a click command and return its exit status: 0 done, 1 a requirement was not met, 2 bad input, 3 our bug,
+    130 interrupted.
 
-    The command's return value is its status (None: 0). A ResqError becomes one line on stderr; any other exception is a
-    bug of ours and keeps its traceback.
+    The command's return value is its status (None: 0), whether or not anybody reads its output to the end. A ResqError
+    becomes one line on stderr; any other exception is a bug of ours and keeps its traceback.
     """
-    try:
-        status = command.main(args, prog_name=prog_name, standalone_mode=False)
-        return int(status or OK)
-    except ResqError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return BAD_INPUT
-    except click.ClickException as error:
-        error.show()
-        return BAD_INPUT
-    except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except Exception:
-        import traceback
+    with guarded() as out:
+        try:
+            status = command.main(args, prog_name=prog_name, standalone_mode=False)
+            out.check()
+            return int(status or OK)
+        except ResqError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return BAD_INPUT
+        except click.ClickException as error:
+            error.show()
+            return BAD_INPUT
+        except (click.Abort, KeyboardInterrupt):
+            sys.stderr.write("interrupted\n")
+            return INTERRUPTED
+        except SystemExit:
+            if sys.stdout is out:
+                raise
+            return _bug()  # click took another pipe that broke for stdout, and replaced it
+        except Exception:
+            return _bug()
 
-        traceback.print_exc()
-        sys.stderr.write("This is a bug in resq-deploy, please report it with the lines above.\n")
-        return BUG
+
+def _bug() -> int:
+    import traceback
+
+    traceback.print_exc()
+    sys.stderr.write("This is a bug in resq-deploy, please report it with the lines above.\n")
+    return BUG

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.text import Text
 
-from resq_deploy import console
+from resq_deploy import __version__, console
 from resq_deploy.runtime import tables
 
 EPILOG = """\b
@@ -40,7 +40,7 @@ def show(lines: Iterable[Any]) -> None:
 
 
 @click.group(name="resq", epilog=EPILOG, context_settings=SETTINGS)
-@click.version_option(package_name="resq-deploy", prog_name="resq")
+@click.version_option(__version__, prog_name="resq")
 def group() -> None:
     """Look into bundles and reports, sign and verify them.
 
