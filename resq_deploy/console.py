@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from resq_deploy import __version__
 from resq_deploy._streams import guarded
 from resq_deploy.errors import ResqError
 
@@ -24,6 +25,7 @@ BUG = 3
 INTERRUPTED = 130
 
 _PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+_RATED_SECONDS = 1.0  # a rate over less is noise
 
 
 class _RateColumn(TextColumn):
@@ -33,7 +35,8 @@ class _RateColumn(TextColumn):
     def render(self, task: Any) -> Any:
         from rich.text import Text
 
-        return Text("" if not task.speed else f"{task.speed:,.1f}/s", style="progress.data.speed")
+        known = task.speed and (task.elapsed or 0) >= _RATED_SECONDS
+        return Text(f"{task.speed:,.1f}/s" if known else "", style="progress.data.speed")
 
 
 @dataclass
@@ -104,16 +107,13 @@ class Reporter:
             if now - last < _PLAIN_SECONDS and not finished:
                 return
             last = now
-            rate = done / max(now - start, 1e-9)
-            of = f"/{total:g}" if total is not None else ""
-            left = (
-                f", {(total - done) / rate:.0f} s left" if total and rate and not finished else ""
-            )
-            self.log(
-                f"{title}: {done:g}{of} {unit} ({rate:,.1f}/s{left}) {text}".replace(
-                    "  ", " "
-                ).rstrip()
-            )
+            passed = now - start
+            said = [f"{done:g}" if total is None else f"{done:g}/{total:g}", unit]
+            if passed >= _RATED_SECONDS and done:
+                ahead = 0 if total is None or finished else passed * (total - done) / done
+                left = f", {ahead:.0f} s left" if ahead else ""
+                said.append(f"({done / passed:,.1f}/s{left})")
+            self.log(f"{title}: {' '.join(part for part in (*said, text) if part)}")
 
         def note(message: str) -> None:
             nonlocal text
@@ -128,8 +128,9 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json`, `--quiet` and `--seed`, which every command has."""
+    """`--json`, `--quiet`, `--seed` and `--version`, which every command has."""
     for option in (
+        click.version_option(__version__),
         click.option(
             "--seed",
             default=0,

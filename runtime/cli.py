@@ -25,7 +25,11 @@ Examples:
 """
 
 
-@click.command(name="resq-validate", epilog=EPILOG, context_settings={"max_content_width": 100})
+@click.command(
+    name="resq-validate",
+    epilog=EPILOG,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="ort", show_default=True, type=click.Choice(list(BACKENDS)))
 @click.option("--engine", help="Which engine plan, where the bundle has several for the backend.")

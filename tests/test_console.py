@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -64,16 +65,38 @@ def test_help_is_status_0() -> None:
     assert console.run(_command(), ["--help"]) == 0
 
 
-def test_progress_is_plain_lines_without_a_terminal() -> None:
+def clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    monkeypatch.setattr("time.monotonic", iter(seconds).__next__)
+
+
+def lines_of(seconds: tuple[float, ...], total: float | None, mp: pytest.MonkeyPatch) -> list[str]:
+    """What is said of a task that moves on at these times, after a start at 0."""
+    clock(mp, 0.0, *seconds)
     stream = io.StringIO()
-    with console.Reporter(quiet=False, stream=stream).task("trials", 3, "trials") as task:
-        for _ in range(3):
+    with console.Reporter(quiet=False, stream=stream).task("trials", total, "trials") as task:
+        for _ in seconds:
             task.note("accuracy 0.9")
             task.advance(1)
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("trials: 3/3 trials (")
-    assert lines[0].endswith("accuracy 0.9")
+    return stream.getvalue().splitlines()
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines_of((5.0, 12.0, 15.0), 3, monkeypatch) == [
+        "trials: 2/3 trials (0.2/s, 6 s left) accuracy 0.9",
+        "trials: 3/3 trials (0.2/s) accuracy 0.9",
+    ]
+    assert lines_of((11.0,), None, monkeypatch) == ["trials: 1 trials (0.1/s) accuracy 0.9"]
+
+
+def test_no_rate_of_what_took_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines_of((1e-5, 2e-5), 2, monkeypatch) == ["trials: 2/2 trials accuracy 0.9"]
+
+
+def test_no_rate_on_a_terminal_either() -> None:
+    task = SimpleNamespace(speed=312_272.3, elapsed=4e-5)
+    assert str(console._RateColumn().render(task)) == ""
+    task.elapsed = 4.0
+    assert str(console._RateColumn().render(task)) == "312,272.3/s"
 
 
 def test_a_quiet_reporter_warns_and_says_nothing_else() -> None:

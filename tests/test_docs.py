@@ -14,9 +14,10 @@ import click
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from resq_deploy import requirements, signing
+from resq_deploy import __version__, console, requirements, signing
 from tests.bundles import write_bundle
 
+STATUSES = ("OK", "REQUIREMENT_NOT_MET", "BAD_INPUT", "BUG", "INTERRUPTED")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted([*DOCS.glob("how-to/*.md"), DOCS / "index.md", DOCS / "tutorial.md"])
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -117,6 +118,25 @@ def test_the_reference_shows_every_command(name: str) -> None:
     page = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
     assert f"<!-- help: {name} -->" in page
     assert "```text" in hooks().on_page_markdown(page)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--version"])
+@pytest.mark.parametrize("name", sorted(hooks().COMMANDS))
+def test_every_command_says_what_it_is(
+    name: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console.run(hooks().command(name), [flag], prog_name=name) == console.OK
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}, version {__version__}" if "v" in flag else f"Usage: {name}")
+
+
+@pytest.mark.parametrize("page", ["../README.md", "reference/commands.md", "design.md"])
+def test_every_exit_status_is_listed(page: str) -> None:
+    said = " ".join((DOCS / page).read_text(encoding="utf-8").split())
+    listed = re.search(r"[Ee]xit status(?: of every command)?\W+0 done[^.]*", said)
+    assert listed is not None
+    for status in STATUSES:
+        assert re.search(rf"\b{getattr(console, status)} ", listed[0])
 
 
 def test_the_fault_models_are_listed() -> None:
