@@ -45,6 +45,7 @@ class Checkpoint:
     def network(self) -> nn.Module:
         """The network with these weights, in eval mode on the CPU, without the preprocessing.
 
+        An own factory is imported and called, but not from the working directory: the file names it.
         Raises ModelError, naming the first keys or shapes that do not fit, if the weights are
         another network's.
         """
@@ -53,6 +54,7 @@ class Checkpoint:
             input_shape=self.input_shape,
             classes=len(self.classes),
             args=self.arch_args,
+            asked=False,
         )
         load_weights(built, self.state_dict, self.arch)
         return built.eval()

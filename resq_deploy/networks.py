@@ -4,7 +4,6 @@ does so.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resq_deploy._factories import make
 from resq_deploy.errors import MissingExtra, ModelError
 
 Shape = tuple[int, int, int]
@@ -21,36 +21,46 @@ _PREFIX = "torchvision:"
 _RESNET8_WIDTH = 16
 
 
-def build(arch: str, *, input_shape: Shape, classes: int, args: Mapping[str, Any]) -> nn.Module:
+def build(
+    arch: str, *, input_shape: Shape, classes: int, args: Mapping[str, Any], asked: bool = True
+) -> nn.Module:
     """A network with random weights: float32 [B, C, H, W] (preprocessed) -> logits [B, classes].
 
     `arch`: `resnet8`, a torchvision classification model with or without `torchvision:`, or
-    `pkg.module:factory` (called with input_shape=, classes= and `args`). Weights are drawn from
-    torch's global generator: seed it first. Raises ModelError for an unknown name, or arguments the
-    network does not take.
+    `pkg.module:factory` (see _factories.py). `args` may repeat `num_classes`, which the data
+    decide. `asked`: whether a person named `arch`, not a file. Weights are drawn from torch's
+    global generator: seed it first. Raises ModelError for an unknown name, or arguments the network
+    does not take.
     """
     if len(input_shape) != 3 or min(input_shape) < 1 or classes < 1:
         raise ModelError(
             f"input shape {input_shape} with {classes} classes", "write the shape as CxHxW"
         )
     name = arch.removeprefix(_PREFIX)
+    known_by_data = {"input_shape": input_shape, "classes": classes, "num_classes": classes}
+    _check_repeated(arch, known_by_data, args)
+    if ":" in name:
+        return make(name, known_by_data, args, here=asked)
+    own = {k: v for k, v in args.items() if k not in known_by_data}
     try:
-        if ":" in name:
-            network = _factory(name)(input_shape=input_shape, classes=classes, **args)
-        elif name == "resnet8":
-            network = ResNet8(input_shape, classes, **args)
-        else:
-            network = _torchvision(name, input_shape, classes, dict(args))
+        if name == "resnet8":
+            return ResNet8(input_shape, classes, **own)
+        return _torchvision(name, input_shape, classes, own)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
         raise ModelError(
             f"{arch} cannot be built with {given}: {error}", "see --arch-arg"
         ) from error
-    if not isinstance(network, nn.Module):
-        raise ModelError(
-            f"{arch} made a {type(network).__name__}", "it must return a torch.nn.Module"
-        )
-    return network
+
+
+def _check_repeated(arch: str, known: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    for key in known.keys() & args.keys():
+        given = tuple(args[key]) if isinstance(args[key], list) else args[key]
+        if given != known[key]:
+            raise ModelError(
+                f"{arch} with {key}={given}, where data or weights have {known[key]}",
+                f"leave {key} out, or choose others",
+            )
 
 
 def known() -> tuple[str, ...]:
@@ -108,20 +118,6 @@ class ResNet8(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
-
-
-def _factory(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"cannot import {path}: {error}", "write pkg.module:factory") from error
-    if not callable(found):
-        raise ModelError(
-            f"{path} cannot be called", "name a function or class that makes the network"
-        )
-    result: Callable[..., Any] = found
-    return result
 
 
 def _torchvision(name: str, shape: Shape, classes: int, args: dict[str, Any]) -> nn.Module:

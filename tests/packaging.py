@@ -14,7 +14,9 @@ from tests.bundles import write_bundle
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("resq-harden", "resq-export", "resq-validate", "resq")
 ON_DEVICE = ("cli", "engine", "engine_flags", "engine_options", "engine_progress", "on_device")
-NEEDS_TORCH = ("resq_deploy.hardening", "resq_deploy.networks", "resq_deploy.checkpoint")
+NEEDS_TORCH = tuple(
+    f"resq_deploy.{name}" for name in ("hardening", "networks", "_factories", "checkpoint")
+)
 BARE = """
 import importlib, pkgutil, sys
 import resq_deploy

@@ -66,7 +66,7 @@ def test_help_is_status_0() -> None:
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
-    monkeypatch.setattr("time.monotonic", iter(seconds).__next__)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=iter(seconds).__next__))
 
 
 def lines_of(seconds: tuple[float, ...], total: float | None, mp: pytest.MonkeyPatch) -> list[str]:
