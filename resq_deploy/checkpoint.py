@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def save_atomic(body: Mapping[str, Any], path: Path) -> None:
             f"cannot write {path}: {error}", "choose a place that exists and has space"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            partial.unlink(missing_ok=True)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], arch: str) -> None:

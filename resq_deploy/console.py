@@ -127,6 +127,17 @@ def print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, sort_keys=True, allow_nan=False) + "\n")
 
 
+def shape(text: str) -> tuple[int, int, int]:
+    """`3x32x32` -> (3, 32, 32), as the type of an option; click.BadParameter for anything else."""
+    try:
+        channels, height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not CxHxW, such as 3x32x32") from None
+    if min(channels, height, width) < 1:
+        raise click.BadParameter(f"{text!r}: each size must be at least 1")
+    return channels, height, width
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`, `--quiet`, `--seed` and `--version`, which every command has."""
     for option in (

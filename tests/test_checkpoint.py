@@ -136,6 +136,12 @@ def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["taken.pt"]
 
 
+def test_a_place_that_cannot_be_cleaned_either_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"cannot write .*Not a directory"):
+        made().save(tmp_path / "file" / "m.pt")
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.pt"
     made().save(path)

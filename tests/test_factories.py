@@ -103,7 +103,7 @@ def test_what_cannot_be_called_is_refused(name: str, args: dict[str, Any], messa
 def test_a_file_cannot_name_a_command(arch: str, tmp_path: Path) -> None:
     args = {"args": ["touch", str(tmp_path / "x")], "command": f"touch {tmp_path / 'x'}"}
     for given in (args, {}):
-        with pytest.raises(ModelError, match="takes neither|missing .* required"):
+        with pytest.raises(ModelError, match=r"takes neither|missing .* required"):
             made(arch=arch, arch_args=given).network()
     assert not (tmp_path / "x").exists()
 

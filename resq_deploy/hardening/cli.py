@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from resq_deploy.console import Reporter, common_options, print_json, run
+from resq_deploy.console import Reporter, common_options, print_json, run, shape
 from resq_deploy.errors import ModelError
 
 
@@ -31,6 +31,12 @@ from resq_deploy.errors import ModelError
     help="none: plain training; 1: bear attacks; 2: bear bit flips.",
 )
 @click.option("--arch-arg", multiple=True, metavar="K=V", help="Of the network: width=16.")
+@click.option(
+    "--input-shape",
+    type=shape,
+    metavar="CxHxW",
+    help="3x64x64; an imagefolder has none of its own.",
+)
 @click.option("--init", metavar="FILE|imagenet", help="Start from a checkpoint or torchvision's.")
 @click.option("--epochs", type=float, help="Passes of plain training.")
 @click.option("--epochs-1", type=float, help="Passes of stage I.")
@@ -111,8 +117,6 @@ def _pairs(given: tuple[str, ...]) -> dict[str, Any]:
 def _check_output(output: Path, force: bool, resume: bool) -> None:
     if output.exists() and not (force or resume):
         raise ModelError(f"{output} exists", "choose another name, or give --force")
-    if not output.parent.is_dir():
-        raise ModelError(f"{output.parent} is not a directory", "create it first")
 
 
 def _use_threads(threads: int) -> None:

@@ -19,6 +19,7 @@ from resq_deploy.console import Reporter
 from resq_deploy.data import Dataset
 from resq_deploy.errors import DataError, ModelError
 from resq_deploy.hardening import evaluate
+from resq_deploy.hardening.checks import check_fits, check_writable, chosen_device
 from resq_deploy.hardening.distributed import World, world
 from resq_deploy.hardening.initial import PLAIN, STAGE_1, STAGE_2, Start, start_from
 from resq_deploy.hardening.logs import Log, scalars
@@ -27,6 +28,8 @@ from resq_deploy.hardening.objectives import AttackObjective, FaultObjective, Ob
 from resq_deploy.hardening.recipe import STAGES, Phase, Recipe, Stages
 from resq_deploy.hardening.sampling import augmentation
 from resq_deploy.hardening.trainer import Job, Trainer, channel_statistics
+
+Shape = tuple[int, int, int]
 
 _JUDGED = 1000  # examples of the holdout that an epoch is judged by
 _PGD_STEPS, _TRIALS = 5, 4
@@ -40,6 +43,7 @@ class Request:
     arch: str
     arch_args: Mapping[str, Any]
     data: str
+    input_shape: Shape | None
     stages: Stages
     recipe: Recipe
     init: str | None
@@ -51,6 +55,7 @@ class Request:
             "arch": self.arch,
             "arch_args": dict(self.arch_args),
             "data": self.data,
+            "input_shape": None if self.input_shape is None else list(self.input_shape),
             "stages": self.stages,
             "recipe": self.recipe.as_dict(),
             "init": self.init,
@@ -66,6 +71,7 @@ def harden_model(
     stages: Stages = "1+2",
     recipe: Recipe | None = None,
     arch_args: Mapping[str, Any] | None = None,
+    input_shape: Shape | None = None,
     init: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -75,10 +81,11 @@ def harden_model(
 ) -> Checkpoint:
     """Train a network so that it bears attacks (stage I) and bit flips (stage II).
 
-    `data`: a name that resq_deploy.data.load knows, or (train, test). `stages`: none (plain
-    training), 1, 2, 1+2; without `init` plain training comes first. `init`: a checkpoint of the
-    same network to start from, or `imagenet` for torchvision's weights. `output`: where the
-    checkpoint goes after every stage; beside it lies OUTPUT.state until the end, from which
+    `data`: a name that resq_deploy.data.load knows, or (train, test). `input_shape` (C, H, W): what
+    images of an imagefolder are brought to, and others must have. `stages`: none (plain training),
+    1, 2, 1+2; without `init` plain training comes first. `init`: a checkpoint of the same network
+    to start from, or `imagenet` for torchvision's weights. `output`: where the checkpoint goes
+    after every stage (its folder is made); beside it lies OUTPUT.state until the end, from which
     `resume` goes on exactly. `log_dir`: event files for TensorBoard. Started by torchrun, the
     processes share the work. Returns the checkpoint with its metrics on the test split (fractions;
     simulated, not deployed).
@@ -89,12 +96,13 @@ def harden_model(
     if stages not in STAGES:
         raise ModelError(f"unknown stages {stages!r}", f"one of: {', '.join(STAGES)}")
     name = data if isinstance(data, str) else data[0].name
-    asked = Request(arch, dict(arch_args or {}), name, stages, recipe or Recipe(), init, seed)
-    quiet = reporter or Reporter()
-    train, test = _datasets(data, quiet)
+    args = dict(arch_args or {})
+    asked = Request(arch, args, name, input_shape, stages, recipe or Recipe(), init, seed)
+    chosen, quiet = chosen_device(device, asked.recipe), reporter or Reporter()
+    train, test = _datasets(data, input_shape, quiet)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
-        here = stack.enter_context(world(_device(device, asked.recipe)))
+        here = stack.enter_context(world(chosen))
         log = stack.enter_context(scalars(log_dir if here.leads else None))
         run = _Hardening(asked, train, test, here, quiet if here.leads else Reporter(), log)
         return run.run(None if output is None else Path(output), resume)
@@ -122,6 +130,7 @@ class _Hardening:
             classes=len(train.classes),
             args=asked.arch_args,
         )
+        check_fits(network, asked.arch, train.shape, len(train.classes))
         statistics = channel_statistics(self.train, asked.seed)
         start = Start(statistics)
         if asked.init is not None:
@@ -134,6 +143,8 @@ class _Hardening:
 
     def run(self, output: Path | None, resume: bool) -> Checkpoint:
         """Every phase in turn; the checkpoint is written after each."""
+        if output is not None:
+            check_writable(output)
         state = self._saved(output) if resume else None
         first = int(state["phase"]) if state else 0
         phases = self._phases()
@@ -291,12 +302,16 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.state")
 
 
-def _datasets(data: str | tuple[Dataset, Dataset], reporter: Reporter) -> tuple[Dataset, Dataset]:
+def _datasets(
+    data: str | tuple[Dataset, Dataset], shape: Shape | None, reporter: Reporter
+) -> tuple[Dataset, Dataset]:
     if isinstance(data, str):
-        train = datasets.load(data, "train", reporter=reporter)
-        test = datasets.load(data, "test", reporter=reporter)
+        train = datasets.load(data, "train", shape=shape, reporter=reporter)
+        test = datasets.load(data, "test", shape=shape, reporter=reporter)
     else:
         train, test = data
+        if shape is not None and train.shape != tuple(shape):
+            raise DataError(f"images of shape {train.shape}, not {shape}", "give one of the two")
     if train.shape != test.shape or len(train.classes) != len(test.classes):
         names = train.classes if len(train.classes) > len(test.classes) else test.classes
         if train.shape != test.shape:
@@ -314,14 +329,3 @@ def _split(train: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     mixed = train.take(len(train), seed)
     order = np.arange(len(train))
     return mixed.subset(order[count:]), mixed.subset(order[:count])
-
-
-def _device(device: str, recipe: Recipe) -> str:
-    chosen = device
-    if device == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("no CUDA device is available", "train with --device cpu")
-    if recipe.amp == "fp16" and not chosen.startswith("cuda"):
-        raise ModelError("fp16 needs a CUDA device", "use --amp bf16, or off")
-    return chosen

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from resq_deploy.checkpoint import Checkpoint
 from resq_deploy.console import BAD_INPUT, OK, run
+from resq_deploy.hardening import checks
 from resq_deploy.hardening.cli import harden
 from tests.hardening.test_harden import blobs
 
@@ -69,8 +72,9 @@ def taken(folder: Path) -> list[str]:
     return ["resnet8", "--data", "digits"]
 
 
-def no_folder(folder: Path) -> list[str]:
-    return ["resnet8", "--data", "digits", "-o", str(folder / "none" / "m.pt")]
+def under_a_file(folder: Path) -> list[str]:
+    (folder / "file").write_bytes(b"")
+    return ["resnet8", "--data", "digits", "-o", str(folder / "file" / "m.pt")]
 
 
 def other_arch(folder: Path) -> list[str]:
@@ -81,19 +85,40 @@ def other_arch(folder: Path) -> list[str]:
     return ["resnet18", "--data", "digits", "--init", str(folder / "o.pt")]
 
 
+def two() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 2))
+
+
+def flat() -> nn.Module:
+    return nn.Linear(7, 10)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (bad_labels, "labels in 0..2, expected 0..1 (renumber the classes)"),
         (one_class, "examples of one class only (at least two are needed)"),
         (taken, "exists (choose another name, or give --force)"),
-        (no_folder, "is not a directory (create it first)"),
+        (under_a_file, "file is not a directory (choose another place)"),
         (other_arch, "is a checkpoint of resnet8, not of resnet18"),
         (lambda _: ["resnet88", "--data", "digits"], "unknown network 'resnet88' (close names: "),
         (lambda _: ["resnet8", "--data", "digit"], "did you mean digits?"),
         (lambda _: ["resnet8", "--data", "digits", "--set", "speed=9"], "no setting 'speed'"),
         (lambda _: ["resnet8", "--data", "digits", "--arch-arg", "width"], "'width' is not K=V"),
         (lambda _: ["resnet8", "--data", "digits", "--device", "cuda:77"], "CUDA"),
+        (
+            lambda _: ["resnet8", "--data", "digits", "--device", "banana"],
+            "unknown device 'banana' (",
+        ),
+        (lambda _: ["resnet8", "--data", "digits", "--device", "mps"], "does not run on mps ("),
+        (lambda _: ["resnet8", "--data", "digits", "--device", "meta"], "does not run on meta ("),
+        (lambda _: ["resnet8", "--data", "digits", "--input-shape", "3x8x8"], "1x32x32, not 3x8x8"),
+        (
+            lambda _: ["resnet8", "--data", "digits", "--arch-arg", "num_classes=9"],
+            "num_classes=9, wh",
+        ),
+        (lambda _: [f"{__name__}:two", "--data", "digits"], "makes (2, 2) of two images of 10 cl"),
+        (lambda _: [f"{__name__}:flat", "--data", "digits"], "not run on images of 1x32x32: mat1"),
     ],
 )
 def test_refusals_are_one_line(
@@ -111,6 +136,48 @@ def test_refusals_are_one_line(
     assert message in said
     assert said.count("\n") == 1
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_read_only_place_is_refused_before_training(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checks, "TemporaryFile", refuse)
+    args = ["resnet8", "--data", data, "-o", str(tmp_path / "m.pt"), *TINY]
+    assert call(*args) == BAD_INPUT
+    said = capfd.readouterr().err
+    assert "m.pt: Read-only file system (" in said
+    assert said.count("\n") == 1
+
+
+def test_the_folder_of_the_output_is_made(tmp_path: Path, data: str) -> None:
+    out = tmp_path / "a" / "b" / "m.pt"
+    args = ["resnet8", "--data", data, "-o", str(out), "--stages", "none", "--quiet", *TINY]
+    assert call(*args) == OK
+    assert Checkpoint.load(out).input_shape == (1, 16, 16)
+
+
+def test_an_image_folder_takes_the_shape_it_is_given(tmp_path: Path) -> None:
+    x, y = blobs(48).batch(np.arange(48))
+    for index, (pixels, label) in enumerate(zip(x, y, strict=True)):
+        folder = tmp_path / "photos" / ("train" if index < 30 else "test") / f"c{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(pixels[0] * 255)).save(folder / f"{index}.png")
+    out = tmp_path / "m.pt"
+    given = ["--data", f"imagefolder:{tmp_path / 'photos'}", "--input-shape", "3x12x8"]
+    args = ["resnet8", *given, "-o", str(out), "--stages", "none", "--quiet", *TINY]
+    assert call(*args) == OK
+    made = Checkpoint.load(out)
+    assert (made.input_shape, made.classes) == ((3, 12, 8), ("c0", "c1", "c2"))
+    assert made.trained["input_shape"] == [3, 12, 8]
+
+
+@pytest.mark.parametrize("text", ["3x32", "3x32x0", "axbxc"])
+def test_a_shape_that_is_none_is_bad_usage(text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("resnet8", "--data", "d", "-o", "m.pt", "--input-shape", text) == BAD_INPUT
+    assert repr(text) in capfd.readouterr().err
 
 
 def test_a_loss_that_explodes_is_one_line(

@@ -229,12 +229,16 @@ def one_class() -> Dataset:
         ((blobs(), Dataset.from_arrays("s", np.zeros((4, 1, 8, 8), np.uint8), np.arange(4))),
          DataError, "differ in shape"),
         ((blobs(3), blobs(3)), DataError, "too few"),
+        ((blobs(), blobs(), (3, 16, 16)), DataError, r"\(1, 16, 16\), not \(3, 16, 16\)"),
         ("nothing", DataError, "unknown data set"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_trained_on_is_refused(data: Any, error: Any, message: str) -> None:
+    shape = data[2] if len(data) == 3 else None
     with pytest.raises(error, match=message):
-        harden_model("resnet8", data, recipe=RECIPE)
+        harden_model(
+            "resnet8", data if shape is None else data[:2], recipe=RECIPE, input_shape=shape
+        )
 
 
 @pytest.mark.parametrize(
