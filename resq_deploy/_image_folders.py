@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from resq_deploy._pixels import FileSource, Images, Shape, download, existing_folder, pillow
+from resq_deploy._pixels import (
+    FileSource,
+    Images,
+    Shape,
+    download,
+    existing_folder,
+    folder_to_fill,
+    pillow,
+)
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 
@@ -19,7 +27,7 @@ _GTSRB_CLASSES = 43
 
 def gtsrb(place: str, split: str, _shape: Shape | None, reporter: Reporter) -> Images:
     """German traffic signs in torchvision's layout (DIR/gtsrb), 43 classes, scaled to 3x32x32."""
-    root = Path(place)
+    root = folder_to_fill(place)
     base = root / "gtsrb"
     if not base.is_dir():
         download("GTSRB", root, reporter)

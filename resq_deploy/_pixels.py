@@ -100,15 +100,24 @@ class Images:
     classes: tuple[str, ...] | None = None
 
 
-def existing_folder(place: str) -> Path:
+def existing_folder(place: str, hint: str = "give a directory that exists") -> Path:
     """`place` as a directory that exists, or DataError."""
     root = Path(place).expanduser()
     if not root.is_dir():
-        raise DataError(f"{place} is not a directory", "give a directory that exists")
+        raise DataError(f"{place} is not a directory", hint)
     return root
 
 
+def folder_to_fill(place: str) -> Path:
+    """`place`, into which a download may go; DataError where it does not exist.
+
+    A mistyped path must not be made and filled: making the directory is how one asks for it.
+    """
+    return existing_folder(place, f"mistyped? mkdir {place} to have it downloaded there")
+
+
 def download(name: str, root: Path, reporter: Reporter) -> None:
+    """torchvision's files of a data set into `root`, or DataError."""
     try:
         from torchvision import datasets
     except ImportError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy._pixels import Images, Shape, download, existing_folder
+from resq_deploy._pixels import Images, Shape, download, existing_folder, folder_to_fill
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, MissingExtra
 
@@ -157,17 +157,18 @@ def _idx(path: Path) -> NDArray[np.uint8]:
 def cifar10(place: str, split: str, _shape: Shape | None, reporter: Reporter) -> Images:
     """CIFAR-10 in torchvision's layout (DIR/cifar-10-batches-py), 3x32x32."""
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    return _cifar("CIFAR10", Path(place), "cifar-10-batches-py", names, "", reporter)
+    return _cifar("CIFAR10", place, "cifar-10-batches-py", names, "", reporter)
 
 
 def cifar100(place: str, split: str, _shape: Shape | None, reporter: Reporter) -> Images:
     """CIFAR-100 (fine labels) in torchvision's layout (DIR/cifar-100-python), 3x32x32."""
-    return _cifar("CIFAR100", Path(place), "cifar-100-python", [split], "fine_", reporter)
+    return _cifar("CIFAR100", place, "cifar-100-python", [split], "fine_", reporter)
 
 
 def _cifar(
-    torch_name: str, root: Path, sub: str, names: list[str], kind: str, reporter: Reporter
+    torch_name: str, place: str, sub: str, names: list[str], kind: str, reporter: Reporter
 ) -> Images:
+    root = folder_to_fill(place)
     folder = next((f for f in (root / sub, root) if (f / names[0]).is_file()), None)
     if folder is None:
         download(torch_name, root, reporter)

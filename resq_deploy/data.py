@@ -126,8 +126,9 @@ def load(
 
     `spec`: `digits`, `fashion-mnist[:DIR]`, `cifar10:DIR`, `cifar100:DIR`, `gtsrb:DIR`,
     `imagefolder:DIR` or `FILE.npz`. `shape` (C, H, W) is what the images must have; an imagefolder
-    is scaled and centre-cropped to it. Raises DataError, or MissingExtra where a reader needs a
-    package that is not installed.
+    is scaled and centre-cropped to it. CIFAR and GTSRB are downloaded into a DIR that exists and
+    does not hold them, Fashion-MNIST without DIR into ~/.cache/resq-deploy. Raises DataError, or
+    MissingExtra where a reader needs a package that is not installed.
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}", "a data set has 'train' and 'test'")

@@ -225,6 +225,9 @@ def half_zipped(root: Path) -> None:
         ("fashion-mnist:DIR/none", None, "not a directory"),
         ("fashion-mnist:DIR", None, "has no t10k"),
         ("DIR/none.npz", None, "does not exist"),
+        ("cifar10:DIR/none", None, r"not a directory \(mistyped\? mkdir /.*/none to have it down"),
+        ("cifar100:DIR/none", None, "mistyped"),
+        ("gtsrb:DIR/none", None, "mistyped"),
         ("imagefolder:DIR", empty, "no test or val"),
         ("fashion-mnist:DIR", truncated, "truncated"),
         ("fashion-mnist:DIR", without_labels, "has no t10k-labels"),
@@ -238,6 +241,7 @@ def test_data_that_cannot_be_used_is_refused(
         make(tmp_path)
     with pytest.raises(DataError, match=message):
         load(spec.replace("DIR", str(tmp_path)), "test", shape=(1, 32, 32))
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_empty_image_folder_is_refused(tmp_path: Path) -> None:
