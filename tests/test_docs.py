@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ import click
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+import resq_deploy
 from resq_deploy import __version__, console, requirements, signing
+from resq_deploy.report import write_report
 from tests.bundles import write_bundle
+from tests.report import example
 
 STATUSES = ("OK", "REQUIREMENT_NOT_MET", "BAD_INPUT", "BUG", "INTERRUPTED")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -137,6 +141,24 @@ def test_every_exit_status_is_listed(page: str) -> None:
     assert listed is not None
     for status in STATUSES:
         assert re.search(rf"\b{getattr(console, status)} ", listed[0])
+
+
+def test_the_api_is_imported_from_where_the_page_says() -> None:
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    first, *others = re.split(r"^## ", page, flags=re.MULTILINE)
+    shown = re.findall(r"^::: (\S+)", first, flags=re.MULTILINE)
+    assert {path.rpartition(".")[2] for path in shown} == {*resq_deploy.__all__} - {"__version__"}
+    for section in others:
+        said = re.findall(r"`(resq_deploy[.\w]*)`", section.partition(":::")[0])
+        for path in re.findall(r"^::: (\S+)", section, flags=re.MULTILINE):
+            name = path.rpartition(".")[2]
+            assert path in said or any(hasattr(importlib.import_module(m), name) for m in said)
+
+
+def test_every_file_of_a_report_is_listed(tmp_path: Path) -> None:
+    write_report(example.report(), tmp_path)
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    assert {*os.listdir(tmp_path)} <= {*re.findall(r"[\w.]+", page)}
 
 
 def test_the_fault_models_are_listed() -> None:
