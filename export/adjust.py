@@ -26,7 +26,7 @@ from resq_deploy.errors import DataError
 from resq_deploy.export import center, qdq, rules
 from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.craft import craft
-from resq_deploy.export.design import Design
+from resq_deploy.export.design import LEAST, Design
 from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.fisher import flip_divergence
@@ -44,7 +44,6 @@ from resq_deploy.metrics import top1
 Images = NDArray[np.float32]
 
 EPS = 8 / 255
-_LEAST = 16  # images: fewer cannot be split into learning and held-out ones
 _HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
 _MOST_HELD_OUT = 512
 _LOOKED_AT = 256  # images that the statistics of layers' inputs come from
@@ -109,8 +108,8 @@ def adjust(
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
     Raises DataError for fewer than 16 images, ModelError for a network without a twin (see gradients.obstacle).
     """
-    if len(images) < _LEAST:
-        raise DataError(f"{len(images)} calibration images", f"stage III needs at least {_LEAST}")
+    if len(images) < LEAST:
+        raise DataError(f"{len(images)} calibration images", f"stage III needs at least {LEAST}")
     stage = _Stage(
         int8,
         fp32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 import zipfile
@@ -45,6 +46,22 @@ def read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
         if any(name.endswith(("models/model.json", "archive_version")) for name in members):
             return "exported", _exported(file, trust_pickle)
         return _pickled(file, trust_pickle)
+
+
+def path_of(model: Any) -> Path:
+    """The file that a caller means. Raises ModelError for a network in memory, and for an ONNX graph."""
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(
+            f"a {type(model).__name__} in memory is no model file",
+            "save it first: torch.export.save(torch.export.export(network, (images,)), 'model.pt2')",
+        )
+    file = Path(model)
+    if file.suffix == ".onnx":
+        raise ModelError(
+            f"{file} is an ONNX graph, and exports start from a torch network",
+            "give the file it was made from; runtime.ort.OrtRunner runs a Q/DQ graph as it is, with faults",
+        )
+    return file
 
 
 def other_type(network: nn.Module) -> str:

@@ -78,7 +78,7 @@ def load_model(
     Raises ModelError for a file that is missing, damaged or no model, for a pickled module that is not
     trusted, for weights of another architecture or type, and for an input shape that the network refuses.
     """
-    file = Path(path)
+    file = formats.path_of(path)
     form, content = formats.read(file, trust_pickle)
     _check_arch(file, form, content, arch, arch_args or {})
     if isinstance(content, Checkpoint):

@@ -44,6 +44,7 @@ from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
 from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
 from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
+from resq_deploy.export.formats import path_of
 from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.on_device import complete
 from resq_deploy.export.samples import Drawn, Source
@@ -117,7 +118,8 @@ def export_model(
     engine cannot be built (BackendError), the bundle is finished, without engines: see on_device.add_engines.
     """
     say = reporter or Reporter()
-    target = Path(output) if output is not None else Path(model).with_suffix(".resq")
+    file = path_of(model)
+    target = Path(output) if output is not None else file.with_suffix(".resq")
     check_free(target, force=force)
     builder = engine or EngineOptions()
     requests(targets, batch, sm, builder)

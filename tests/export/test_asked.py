@@ -10,7 +10,7 @@ import pytest
 from resq_deploy.bundle import Bundle
 from resq_deploy.console import BAD_INPUT, run
 from resq_deploy.errors import AttackError, BackendError, DataError, ModelError, ResqError
-from resq_deploy.export import adjust, design, graph, on_device
+from resq_deploy.export import graph, on_device
 from resq_deploy.export.cli import export
 from resq_deploy.export.engine_options import EngineOptions
 from resq_deploy.export.pipeline import export_model
@@ -65,7 +65,6 @@ def test_too_few_images_for_stage_three_are_seen_before_the_export(
     with pytest.raises(DataError, match="12 calibration images") as caught:
         export_model(tmp_path / "m.pt", calib=dataset(12), eval=dataset(30, 1))
     assert "--no-adjust" in caught.value.hint
-    assert design.LEAST == adjust._LEAST
 
 
 def test_a_bundle_whose_engine_cannot_be_built_is_there_without_it(

@@ -17,6 +17,7 @@ from torch import nn
 from resq_deploy.errors import ModelError, ResqError
 from resq_deploy.export import graph
 from resq_deploy.export.load import LoadedModel, load_model
+from resq_deploy.export.pipeline import export_model
 from tests.helpers import CLASSES, SHAPE, Bomb, checkpoint, save_exported
 
 ARCH: dict[str, Any] = {"arch": "resnet8", "arch_args": {"width": 16}}
@@ -232,6 +233,15 @@ def test_what_is_no_model(make: Callable[[Path], Path], message: str, tmp_path: 
         load_model(make(tmp_path), **PLAIN)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_in_memory_and_a_graph_are_told_what_to_do(tmp_path: Path) -> None:
+    for model, said in (
+        (nn.Flatten(), "a Flatten in memory is no model file"),
+        (tmp_path / "net.onnx", "is an ONNX graph"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            export_model(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
