@@ -82,7 +82,7 @@ def load_model(
     form, content = formats.read(file, trust_pickle)
     _check_arch(file, form, content, arch, arch_args or {})
     if isinstance(content, Checkpoint):
-        return _of_checkpoint(file, content, input_shape, mean, std, classes)
+        return _of_checkpoint(file, content, input_shape, mean, std, classes, arch is not None)
     if input_shape is None and default_shape is None:
         raise ModelError(
             f"{file} does not say what images it takes", "give --input-shape, for example 3x32x32"
@@ -178,6 +178,7 @@ def _of_checkpoint(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     classes: Sequence[str] | None,
+    asked: bool,
 ) -> LoadedModel:
     shape = input_shape or checkpoint.input_shape
     if shape[0] != checkpoint.input_shape[0]:
@@ -188,7 +189,7 @@ def _of_checkpoint(
     means = checkpoint.mean if mean is None else _per_channel(mean, 0.0, shape)
     stds = checkpoint.std if std is None else _per_channel(std, 1.0, shape)
     names = checkpoint.classes if classes is None else tuple(classes)
-    module = Preprocessed(checkpoint.network(), means, stds)
+    module = Preprocessed(checkpoint.network(asked=asked), means, stds)
     try_out(module, shape, len(names))
     return LoadedModel(
         module,

@@ -79,7 +79,7 @@ def _imported(path: str, here: bool) -> ModuleType:
         elif here:
             cure = f"it is neither installed nor in {folder}"
         else:
-            cure = f"a file names it: install it, or set PYTHONPATH={folder} if it is yours"
+            cure = f"a file names it: if it is yours, give --arch {path} too, or set PYTHONPATH={folder}"
         raise ModelError(f"cannot import {path}: {error}", cure) from error
     except Exception as error:  # whatever somebody's code may raise
         cure = f"python -c 'import {name}' shows where"

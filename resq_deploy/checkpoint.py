@@ -43,10 +43,11 @@ class Checkpoint:
     seed: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def network(self) -> nn.Module:
+    def network(self, *, asked: bool = False) -> nn.Module:
         """The network with these weights, in eval mode on the CPU, without the preprocessing.
 
-        An own factory is imported and called, but not from the working directory: the file names it.
+        An own factory is imported and called, but not from the working directory, since the file
+        names it; `asked`: the caller named it too, and it is looked for there.
         Raises ModelError, naming the first keys or shapes that do not fit, if the weights are
         another network's.
         """
@@ -55,7 +56,7 @@ class Checkpoint:
             input_shape=self.input_shape,
             classes=len(self.classes),
             args=self.arch_args,
-            asked=False,
+            asked=asked,
         )
         load_weights(built, self.state_dict, self.arch)
         return built.eval()

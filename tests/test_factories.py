@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from resq_deploy.errors import ModelError
+from resq_deploy.export.load import load_model
 from resq_deploy.networks import Shape, build
 from tests.test_checkpoint import made
 
@@ -126,11 +127,28 @@ def at(arch: str, **options: Any) -> nn.Module:
 
 def test_the_working_directory_is_looked_into_where_a_person_asks(folder: Path) -> None:
     write(folder, "mynets_a", "def make(num_classes): return nn.Linear(64, num_classes)")
-    with pytest.raises(ModelError, match=r"a file names it: .*PYTHONPATH=.* if it is yours"):
+    with pytest.raises(ModelError, match=r"a file names it: .*--arch mynets_a:make.*PYTHONPATH="):
         at("mynets_a:make", asked=False)
     with pytest.raises(ModelError, match="a file names it"):
         made(arch="mynets_a:make").network()
     assert isinstance(at("mynets_a:make"), nn.Linear)
+
+
+def test_a_file_s_factory_is_found_there_once_a_person_names_it_too(folder: Path) -> None:
+    write(folder, "mynets_g", "class Net(nn.Sequential):\n  def __init__(self, num_classes):\n"
+          "    super().__init__(nn.Flatten(), nn.Linear(64, num_classes))")  # fmt: skip
+    kept = made(
+        arch="mynets_g:Net",
+        arch_args={},
+        input_shape=SHAPE,
+        state_dict=at("mynets_g:Net").state_dict(),
+    )
+    kept.save(folder / "m.pt")
+    sys.path.remove(str(folder))
+    del sys.modules["mynets_g"]
+    with pytest.raises(ModelError, match="a file names it"):
+        load_model(folder / "m.pt")
+    assert load_model(folder / "m.pt", arch="mynets_g:Net").arch == "mynets_g:Net"
 
 
 @pytest.mark.parametrize(
