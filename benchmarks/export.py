@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="where finished networks are kept")
     parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--design", type=float, nargs="+", help="design BERs, the default first")
+    parser.add_argument("--attacked", type=int, help="images under attack, in large networks too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
@@ -53,6 +54,8 @@ def main() -> None:
     given = parser.parse_args()
     setup = Setup(threads=given.threads, seed=given.seed)
     setup = setup.quick() if given.quick else setup
+    if given.attacked:
+        setup = replace(setup, attacked=given.attacked, few=given.attacked)
     if given.design:
         setup = replace(setup, design=tuple(given.design))
     folder = given.checkpoints.expanduser()

@@ -38,6 +38,8 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
     A node with a weight is called as the weight's module (`layer1.0.conv1`), and so are its weight and
     bias (`layer1.0.conv1.weight`). Any other node is called as its module if that is one of `leaves`
     and makes no other kind of node, else as module and operation (`layer1.0.add`). `prefix` is what a wrapper
+    put before every path. What a node computes is called `NODE.out`. A parameter whose name is taken, or that a later
+    step needs (`input.scale`), gets a number.
     """
     graph = model.graph
     _unshare(graph)

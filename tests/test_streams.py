@@ -34,7 +34,7 @@ def call(module: str, *args: str | Path, **streams: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "args", ["inspect BUNDLE", "inspect BUNDLE --json", "plan offset BUNDLE conv1.weight 0"]
+    "args", ["inspect BUNDLE", "inspect BUNDLE --json", "plan offset BUNDLE w_8 0"]
 )
 def test_a_reader_that_leaves_is_nothing(tmp_path: Path, args: str) -> None:
     bundle = write_bundle(tmp_path / "net.resq").path

@@ -31,9 +31,9 @@ SMALL: dict[str, Any] = {
     "calib_samples": 32,
     "eval_samples": 24,
     "attack_samples": 8,
-    "effort": 0.0,
 }
-FLAGS = ("--calib-samples", "32", "--eval-samples", "24", "--attack-samples", "8", "--effort", "0")
+QUICK: dict[str, Any] = {"effort": 0.0}  # of stage III, where there is one
+FLAGS = ("--calib-samples", "32", "--eval-samples", "24", "--attack-samples", "8")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_a_bundle_without_stage_three_that_says_why(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(export, [str(model), *FLAGS, "--json"]) == OK
+    assert run(export, [str(model), *FLAGS, "--effort", "0", "--json"]) == OK
     said = capsys.readouterr()
     (warning,) = (line for line in said.err.splitlines() if line.startswith("warning: "))
     for part in ("does not support Relu (node 'relu')", "stage III is left out", "adversarial"):
@@ -72,7 +72,7 @@ def test_a_bundle_without_stage_three_that_says_why(
 
 @pytest.mark.usefixtures("without_relu")
 def test_black_boxes_attack_it_still(model: Path) -> None:
-    bundle = export_model(model, **SMALL)
+    bundle = export_model(model, **SMALL, **QUICK)
     with open_runner(bundle) as runner:
         (found,) = attacks.evaluate(runner, bundle, ["square"], queries=5)
     assert found.name.startswith("square")
@@ -106,7 +106,7 @@ def test_attacks_that_were_named_are_refused_before_calibration(
 @pytest.mark.usefixtures("without_relu")
 def test_in_python_the_default_is_what_nobody_named(model: Path) -> None:
     with pytest.raises(AttackError, match="--attack pgd needs gradients"):
-        export_model(model, **SMALL, attacks=("pgd",))
+        export_model(model, **SMALL, **QUICK, attacks=("pgd",))
     assert export_model(model, **SMALL, adjust=False).manifest.adjustment.reason is None
 
 
@@ -127,7 +127,7 @@ def test_where_the_twin_runs_nothing_is_left_out(
         return Adjusted(int8, fp32, options["ranges"], record)
 
     monkeypatch.setattr(pipeline, "stage3", stage3)
-    made = export_model(model, **SMALL)
+    made = export_model(model, **SMALL, **QUICK)
     assert len(seen) == 1
     assert list(made.manifest.attacks) == list(pipeline.ATTACKS)
     assert made.manifest.adjustment.reason is None
