@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resq_deploy.bundle import FP32, INT8, Bundle
-from resq_deploy.console import Reporter, common_options, print_json, run
+from resq_deploy.console import Reporter, common_options, print_json, run, shape
 from resq_deploy.export.engine_flags import (
     EPILOG,
     add_to_bundle,
@@ -20,16 +20,6 @@ from resq_deploy.export.engine_flags import (
     is_given,
     take_engine_options,
 )
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        channels, height, width = map(int, text.lower().split("x"))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not CxHxW, such as 3x32x32") from None
-    if min(channels, height, width) < 1:
-        raise click.BadParameter(f"{text!r}: each size must be at least 1")
-    return channels, height, width
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -88,7 +78,7 @@ class _Recorded(click.Command):
     "--arch-arg", type=_pair, metavar="K=V", multiple=True, help="Of the network: width=16."
 )
 @click.option(
-    "--input-shape", type=_shape, metavar="CxHxW", help="3x32x32; a checkpoint knows its own."
+    "--input-shape", type=shape, metavar="CxHxW", help="3x32x32; a checkpoint knows its own."
 )
 @click.option("--mean", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels in [0, 1].")
 @click.option("--std", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels in [0, 1].")
