@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,11 +51,14 @@ class Graphs:
 
 
 def needs(part: str, setup: Setup) -> dict[str, Any]:
-    """What of the setup the figures of a part depend on."""
+    """What of the setup the figures of a part depend on, as JSON reads it back."""
     own = {"accuracy": (), "flips": ("faulty", "trials", "rare"), "attacks": ("attacked",)}
     every = ("calibration", "test", "design", "threads", "epochs", "seed", "data")
     given = asdict(setup)
-    return {name: given[name] for name in (*every, *own[part])}
+    found: dict[str, Any] = json.loads(
+        json.dumps({name: given[name] for name in (*every, *own[part])})
+    )
+    return found
 
 
 def accuracies(graphs: Graphs) -> dict[str, Any]:
