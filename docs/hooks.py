@@ -38,7 +38,15 @@ def helps(name: str) -> Iterator[tuple[str, str]]:
 def _helps(
     found: click.Command, words: str, above: click.Context | None
 ) -> Iterator[tuple[str, str]]:
-    context = click.Context(found, info_name=words.split()[-1], parent=above, terminal_width=96)
+    # click keeps the first help option that a command shows, so it has to be the command's own
+    names = found.context_settings.get("help_option_names")
+    context = click.Context(
+        found,
+        info_name=words.split()[-1],
+        parent=above,
+        terminal_width=96,
+        help_option_names=names,
+    )
     yield words, found.get_help(context)
     for name in getattr(found, "commands", {}):
         yield from _helps(found.commands[name], f"{words} {name}", context)  # type: ignore[attr-defined]
