@@ -45,6 +45,7 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
         "## Under attack",
         "",
         "White-box PGD-20, L-inf, 8/255, through each graph itself; points above FP32's accuracy, image by image.",
+        "An interval without width says that no image differed, not that none could.",
         "",
         "| | FP32 | plain | design | plain above FP32 | design above FP32 |",
         "| --- " * 6 + "|",

@@ -46,8 +46,11 @@ class Graphs:
 
     @property
     def digest(self) -> str:
-        """Which graph that is, so that parts measured on different days can be held against each other."""
-        return hashlib.sha256(self.first.SerializeToString(deterministic=True)).hexdigest()[:12]
+        """Which graphs those are, so that parts measured on different days can be held against each other."""
+        sha = hashlib.sha256()
+        for model in self.adjusted.values():
+            sha.update(model.SerializeToString(deterministic=True))
+        return sha.hexdigest()[:12]
 
 
 def needs(part: str, setup: Setup) -> dict[str, Any]:
