@@ -14,6 +14,12 @@ from resq_deploy.faults import FaultSpace, Kind, Memory
 from resq_deploy.onnx_file import read_onnx
 
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_CODES: Mapping[int, Kind] = {
+    onnx.TensorProto.INT8: "weights",
+    onnx.TensorProto.UINT8: "weights",
+    onnx.TensorProto.INT32: "bias",
+}
+_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 _PASSED_BY = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Unsqueeze"})
 _BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}  # op -> which input is the bias
 
@@ -21,8 +27,8 @@ _BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}  # op -> which input is the
 def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
     """Every parameter of a QDQ INT8 graph as a FaultSpace, in graph order.
 
-    INT8 codes behind a DequantizeLinear are `weights`; scales and zero points of Q/DQ are `scales` and
-    `zero-points`; the bias of Conv or Gemm, and an addend of one value per channel, is `bias`; any
+    Codes of 8 bits behind a DequantizeLinear are `weights`, of 32 bits `bias`; scales and zero points of Q/DQ are
+    `scales` and `zero-points`; the bias of Conv or Gemm, and an addend of one value per channel, is `bias`; any
     other float parameter is `float`. Integer constants that only describe shapes are no weight memory.
     Raises ModelError where the graph has no INT8 weights, IntegrityError for a file that read_onnx refuses.
     """
@@ -33,8 +39,8 @@ def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
         if name in seen:
             continue
         seen.add(name)
-        value = np.ascontiguousarray(numpy_helper.to_array(arrays[name]))
-        if kind in ("bias", "float") and value.dtype.kind != "f":
+        value = np.array(numpy_helper.to_array(arrays[name]), order="C")  # a scalar stays one
+        if kind == "float" and value.dtype.kind != "f":
             continue
         value.flags.writeable = False
         memories.append(Memory(name, layer, kind, value))
@@ -63,13 +69,14 @@ def _kind(node: onnx.NodeProto, position: int, tensor: onnx.TensorProto) -> Kind
     if node.op_type in _QDQ:
         if position:
             return "scales" if position == 1 else "zero-points"
-        return "weights" if tensor.data_type == onnx.TensorProto.INT8 else "float"
+        return _CODES.get(tensor.data_type, "float")
     if _BIASED.get(node.op_type) == position:
         return "bias"
     one_channelwise = (
         sum(size > 1 for size in tensor.dims) <= 1
     )  # [C], or [1, C, 1, 1] behind a Conv
-    return "bias" if node.op_type == "Add" and one_channelwise else "float"
+    is_float = tensor.data_type in _FLOATS
+    return "bias" if node.op_type == "Add" and one_channelwise and is_float else "float"
 
 
 def _layer(node: onnx.NodeProto, consumers: Mapping[str, list[onnx.NodeProto]]) -> str:

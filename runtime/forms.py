@@ -25,8 +25,8 @@ Produce = Callable[[str, int], tuple[str, bool]]
 class Quant:
     """A quantized tensor that exists as U8 codes.
 
-    `scale` is the name of a parameter, `zero` the zero point of the U8 codes; the file's S8 codes are
-    these minus `shift`.
+    `scale` is the name of a parameter, `zero` the zero point of the U8 codes; the file's codes are
+    these minus `shift`, S8 where `signed`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Quant:
     shift: int
     nhwc: bool
     rank: int | None
+    signed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +217,13 @@ class Forms:
         return limits is not None or node.op_type in MOVES
 
     def q_fits(self, q: onnx.NodeProto, name: str) -> bool:
-        """Whether a Q is per tensor, S8, constant, and its scale one that fused kernels may use."""
+        """Whether a Q is per tensor, 8 bits, constant, and its scale one that fused kernels may use."""
         arrays = self.graph.arrays
         known = len(q.input) == 3 and q.input[1] in arrays and q.input[2] in arrays
         if not known or q.input[0] != name:
             return False
         scale, zero = arrays[q.input[1]], arrays[q.input[2]]
-        return scale.size == 1 and zero.dtype == np.int8 and sane_scale(scale)
+        return scale.size == 1 == zero.size and zero.dtype.itemsize == 1 and sane_scale(scale)
 
     def close(
         self, sink: Sink, produce: Produce, rank: int | None, shift: int | None = None
@@ -230,12 +231,13 @@ class Forms:
         """Emit what produces U8 codes, then a sink's clamps, pools and moves on the bytes.
 
         `produce(scale, zero point)` emits the codes; it returns their name and whether they are NHWC.
-        S8 codes q are kept as q + 128, or after a Relu as q, where one clamp is then left to do.
+        S8 codes q are kept as q + 128, or after a Relu as q, where one clamp is then left to do; U8 codes as they are.
         """
-        scale, z = sink.q.input[1], int(self.graph.arrays[sink.q.input[2]].reshape(-1)[0])
-        low, high = self._clamp(sink, scale, z)
+        scale, zeros = sink.q.input[1], self.graph.arrays[sink.q.input[2]].reshape(-1)
+        z, signed = int(zeros[0]), zeros.dtype == np.int8
+        low, high = self._clamp(sink, scale, z, signed)
         if shift is None:
-            shift = 0 if low >= 0 and z >= 0 else 128
+            shift = 128 if signed and (low < 0 or z < 0) else 0
         name, nhwc = produce(scale, z + shift)
         if low + shift > 0:
             name = self.emit("Max", [name, self.const(low + shift, np.uint8)])
@@ -246,15 +248,15 @@ class Forms:
             self.done.add(id(node))
         self.done.add(id(sink.q))
         rank = self.graph.rank(sink.between[-1].output[0]) if sink.between else rank
-        self.quants[sink.q.output[0]] = Quant(name, scale, z + shift, shift, nhwc, rank)
+        self.quants[sink.q.output[0]] = Quant(name, scale, z + shift, shift, nhwc, rank, signed)
 
-    def _clamp(self, sink: Sink, scale: str, zero: int) -> tuple[int, int]:
-        """The range of S8 codes that the clamps of a sink leave."""
-        low, high = -128, 127
+    def _clamp(self, sink: Sink, scale: str, zero: int, signed: bool) -> tuple[int, int]:
+        """The range of the file's codes that the clamps of a sink leave."""
+        low, high = ends = (-128, 127) if signed else (0, 255)
         for node in sink.between:
             limits = _clip_range(node, self.graph.arrays)
             if limits is not None:
-                floor, top = (_code(v, self.graph.arrays[scale], zero) for v in limits)
+                floor, top = (_code(v, self.graph.arrays[scale], zero, ends) for v in limits)
                 low, high = (min(max(v, floor), top) for v in (low, high))
         return low, high
 
@@ -295,7 +297,7 @@ def _clip_range(node: onnx.NodeProto, arrays: Arrays) -> tuple[float, float] | N
     return (limits[0], limits[1]) if ordered else None
 
 
-def _code(value: float, scale: NDArray[Any], zero: int) -> int:
-    """The S8 code of a value, as QuantizeLinear computes it."""
+def _code(value: float, scale: NDArray[Any], zero: int, ends: tuple[int, int]) -> int:
+    """The code of a value, as QuantizeLinear computes it; `ends`: least and largest."""
     quotient = np.rint(np.float32(value) / scale.reshape(-1)[0].astype(np.float32))
-    return int(np.clip(quotient + zero, -128, 127))
+    return int(np.clip(quotient + zero, *ends))

@@ -1,4 +1,4 @@
-"""Rewrite an S8 QDQ graph so that ONNX Runtime on x86 computes it in integers, and fast.
+"""Rewrite an INT8 QDQ graph so that ONNX Runtime on x86 computes it in integers, and fast.
 
 x86 multiplies unsigned by signed bytes, so activations are re-encoded from S8 to U8: the same
 integers, moved by a zero point of 128 (or, where a Relu makes them 0..127, not at all). Images lie in
@@ -21,7 +21,9 @@ So a value next to a rounding boundary of a Q may land one code away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -131,8 +133,8 @@ class _Lowering(Products):
             q = self.quants[source]
             zero_u8 = int(zero.reshape(-1)[0]) + q.shift
             if arrays[scale].size != 1 or zero.size != 1 or not 0 <= zero_u8 <= 255:
-                return self._dequantize_s8(node, q)
-            self.quants[node.output[0]] = Quant(q.name, scale, zero_u8, q.shift, q.nhwc, q.rank)
+                return self._dequantize_own(node, q)
+            self.quants[node.output[0]] = replace(q, scale=scale, zero=zero_u8)
             return True
         if source not in arrays or zero.any() or arrays[scale].ndim > 1:
             return False
@@ -141,13 +143,13 @@ class _Lowering(Products):
             return True
         return self._constant_bias(node)
 
-    def _dequantize_s8(self, node: onnx.NodeProto, q: Quant) -> bool:
-        """A DQ whose parameters the U8 codes cannot express: give it the file's own S8 codes."""
+    def _dequantize_own(self, node: onnx.NodeProto, q: Quant) -> bool:
+        """A DQ whose parameters the U8 codes cannot express: give it the file's own codes."""
         codes = self.emit("Cast", [self.codes_of(node.input[0], False)], to=onnx.TensorProto.INT32)
         moved = self.emit("Sub", [codes, self.const(q.shift, np.int32)])
-        s8 = self.emit("Cast", [moved], to=onnx.TensorProto.INT8)
+        own = onnx.TensorProto.INT8 if q.signed else onnx.TensorProto.UINT8
         self.quants.pop(node.input[0])
-        self.floats[node.input[0]] = {False: s8}
+        self.floats[node.input[0]] = {False: self.emit("Cast", [moved], to=own)}
         return False
 
     def _constant_bias(self, node: onnx.NodeProto) -> bool:
@@ -263,7 +265,7 @@ class _Lowering(Products):
         sink = self.sink(out)
         if not self.is_nhwc(x) or self.rank(x) != 4:
             return False
-        if sink and self.sane(x):
+        if sink and self.sane(x) and self._has_mean(x, sink):
             self.close(sink, lambda s, z: self._mean(x, s, z), 4)
             return True
         source = self.float_of(x, True)
@@ -275,6 +277,13 @@ class _Lowering(Products):
         self.floats[out] = {True: mean}
         self.finish(out)
         return True
+
+    def _has_mean(self, x: str, sink: Sink) -> bool:
+        """Whether ONNX Runtime's kernel takes this factor from sums to codes: 2^-32 <= s_x / (s_y H W) < 256."""
+        arrays, (_, _, *sides) = self.graph.arrays, self.graph.shapes[x]
+        known = [n for n in sides if n]
+        factor = arrays[self.quants[x].scale].item() / arrays[sink.q.input[1]].item()
+        return len(known) == 2 and 2.0**-32 <= factor / math.prod(known) < 256
 
     def _mean(self, x: str, scale: str, zero: int) -> tuple[str, bool]:
         ins = [*self.operand(x, True), scale, self.const(zero, np.uint8)]

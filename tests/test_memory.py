@@ -64,6 +64,36 @@ def test_every_parameter_has_a_kind_and_a_layer() -> None:
     assert space.size == 8 * (1 + 16 + 4) + 32 * (1 + 4 + 4 + 4)
 
 
+def test_a_scalar_stays_a_scalar() -> None:
+    """A scale of shape [1] in place of [] is refused by ONNX Runtime's fused operators, so a fault would be too."""
+    assert fault_space(_tiny()).by_name["x.scale"].value.shape == ()
+
+
+def test_what_other_quantizers_write() -> None:
+    """Biases as 32-bit codes behind a DequantizeLinear, weights without a sign."""
+    model = _tiny()
+    arrays = {t.name: t for t in model.graph.initializer}
+    codes = numpy_helper.from_array(
+        np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2), "conv.weight"
+    )
+    arrays["conv.weight"].CopyFrom(codes)
+    zeros = numpy_helper.from_array(np.full(4, 8, np.uint8), "conv.weight.zero_point")
+    arrays["conv.weight.zero_point"].CopyFrom(zeros)
+    arrays["conv.bias"].CopyFrom(numpy_helper.from_array(np.ones(4, np.int32), "conv.bias"))
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.asarray(0.05, np.float32), "conv.bias.scale")
+    )
+    node = helper.make_node("DequantizeLinear", ["conv.bias", "conv.bias.scale"], ["bd"], "bdq")
+    model.graph.node.insert(3, node)
+    next(n for n in model.graph.node if n.name == "conv").input[2] = "bd"
+    onnx.checker.check_model(model, full_check=True)
+    found = fault_space(model).by_name
+    assert (found["conv.weight"].kind, found["conv.weight"].width) == ("weights", 8)
+    assert (found["conv.bias"].kind, found["conv.bias"].layer) == ("bias", "conv")
+    assert found["conv.bias"].width == 32
+    assert found["conv.bias.scale"].kind == "scales"
+
+
 def test_golden_values_cannot_be_written() -> None:
     with pytest.raises(ValueError, match="read-only"):
         fault_space(_tiny()).by_name["conv.weight"].value[0] = 1

@@ -173,6 +173,21 @@ def test_odd_scales_are_computed_as_the_file_says(scale: float) -> None:
     assert ops(lower(model))["Conv"] > 0
 
 
+@pytest.mark.parametrize("scale", [1e5, 1e-15])
+def test_a_mean_that_the_kernel_refuses_is_computed_as_the_file_says(scale: float) -> None:
+    """QLinearGlobalAveragePool raises where s_x / (s_y H W) is below 2^-32 or from 256 up; one flip does that."""
+    model = graphs.quantized("resnet")
+    made = {name: node for node in model.graph.node for name in node.output}
+    pool = next(n for n in model.graph.node if n.op_type == "GlobalAveragePool")
+    name = made[pool.input[0]].input[1]
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.asarray(scale, np.float32), name))
+    images = graphs.images(model, 4)
+    want, got = run(model, images, plain=True), run(lower(model), images, plain=False)
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
+    assert ops(lower(graphs.quantized("resnet")))["QLinearGlobalAveragePool"] == 1
+
+
 @pytest.mark.parametrize("bias", [np.inf, -np.inf, 3e38])
 def test_odd_biases_are_kept_in_float(bias: float) -> None:
     values = np.zeros(16, np.float32)
@@ -207,6 +222,72 @@ def one_scale(name: str) -> onnx.ModelProto:
             del node.attribute[:]
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def unsigned(name: str) -> onnx.ModelProto:
+    """A quantized network whose activations are U8: the same steps, 128 further up; after a Relu of half the size."""
+    model = graphs.quantized(name)
+    arrays = {t.name: t for t in model.graph.initializer}
+    relus = {node.output[0] for node in model.graph.node if node.op_type == "Relu"}
+    pairs = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    for node in pairs:
+        low, shrink = (0, 2) if node.input[0] in relus else (128, 1)
+        readers = [n for n in model.graph.node if n.input[0] == node.output[0]]
+        scale = numpy_helper.to_array(arrays[node.input[1]]) / np.float32(shrink)
+        for part, value in ((1, scale), (2, np.asarray(low, np.uint8))):
+            fresh = f"{node.output[0]}.{part}"
+            model.graph.initializer.append(numpy_helper.from_array(value, fresh))
+            for reader in (node, *readers):
+                reader.input[part] = fresh
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("name", graphs.NETS)
+def test_unsigned_activations_of_other_tools(name: str) -> None:
+    model = unsigned(name)
+    images = graphs.images(model, 16, seed=5)
+    want, got = run(model, images, plain=True), run(lower(model), images, plain=False)
+    assert np.abs(got - want).max() <= 0.03 * np.abs(want).max()
+    found, usual = ops(lower(model)), ops(lower(graphs.quantized(name)))
+    for op in ("QLinearConv", "MatMulIntegerToFloat"):
+        assert found[op] == usual[op] > 0 or usual[op] == 0
+    assert found["Min"] <= usual["Min"]  # U8 saturates where the file does
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "least", "largest"), [("u", "s", 0, 127), ("s", "u", 0, 127)]
+)
+def test_a_pool_between_signed_and_unsigned_codes(
+    first: str, second: str, least: int, largest: int
+) -> None:
+    """The same scale and zero point, but what the one holds and the other does not saturates."""
+    pairs = (("x", first, "q"), ("m", second, "r"))
+    nodes = []
+    for x, zero, name in pairs:
+        nodes.append(helper.make_node("QuantizeLinear", [x, "scale", zero], [name]))
+        nodes.append(helper.make_node("DequantizeLinear", [name, "scale", zero], [f"{name}d"]))
+    nodes.insert(2, helper.make_node("MaxPool", ["qd"], ["m"], kernel_shape=[2, 2], strides=[2, 2]))
+    nodes.append(helper.make_node("Flatten", ["rd"], ["y"]))
+    values = {"scale": np.float32(1), "u": np.uint8(0), "s": np.int8(0)}
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "pool",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 4, 4])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+            [numpy_helper.from_array(np.asarray(v), k) for k, v in values.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    model.graph.input[0].name = nodes[0].input[0] = "input"
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    images = np.linspace(-240, 240, 2 * 16, dtype=np.float32).reshape(2, 1, 4, 4)
+    want, got = run(model, images, plain=True), run(lower(model), images, plain=False)
+    assert (want.min(), want.max()) == (least, largest)
+    assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("name", graphs.NETS)
