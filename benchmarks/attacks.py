@@ -100,7 +100,9 @@ def _hardened(folder: Path) -> list[Path]:
 def _measure(path: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     target = folder / f"{path.stem}.resq"
     bundle = export_model(path, target, attacks=(), eval_samples=64, adjust=args.adjust)
-    fp32 = load_model(path).module.eval().requires_grad_(False)
+    fp32 = load_model(path).module
+    assert fp32 is not None
+    fp32.eval().requires_grad_(False)
     data = load("fashion-mnist", "test", shape=bundle.manifest.input.shape)
     images, labels = data.batch(np.arange(args.samples))
     sample = Sample(images, labels, np.arange(args.samples))

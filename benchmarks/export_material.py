@@ -61,11 +61,10 @@ class Material:
 def material(path: Path, setup: Setup) -> Material:
     """Load, export to FP32 ONNX, draw the images."""
     from resq_deploy import data
-    from resq_deploy.export import graph
     from resq_deploy.export.load import load_model
 
     loaded = load_model(path)
-    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch)
+    fp32 = loaded.to_onnx()
     spec, shape = str(loaded.trained.get("data", setup.data)), loaded.input_shape
     train = data.load(spec, "train", shape=shape).take(setup.calibration, setup.seed)
     test = data.load(spec, "test", shape=shape).take(setup.test, setup.seed)

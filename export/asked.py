@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from resq_deploy.budget import parse_eps
-from resq_deploy.errors import AttackError, DataError
+from resq_deploy.errors import AttackError, DataError, ModelError
 from resq_deploy.export import graph, halves
 from resq_deploy.export.craft import white_box
 from resq_deploy.export.design import LEAST, Design
+from resq_deploy.export.formats import is_quantized, path_of
 from resq_deploy.export.joint import TRIALS, FaultyAttack
 
 
@@ -42,6 +45,30 @@ def check_design(design: Design, adjust: bool) -> None:
     raise DataError(
         f"--{given} is for stage III, which --no-adjust leaves out", "leave out one of them"
     )
+
+
+def check_taken(
+    file: Path,
+    taken: bool,
+    reference: str | os.PathLike[str] | None,
+    design: Design,
+    high_precision: str,
+) -> None:
+    """Raise ModelError for requests that do not fit a file that is quantized already (`taken`), or one that is not."""
+    if reference is not None and not taken:
+        raise ModelError(
+            f"--reference is for a file that is quantized already, and {file} is not",
+            "leave it out: the network is its own reference",
+        )
+    if reference is not None and is_quantized(path_of(reference)):
+        raise ModelError(
+            f"--reference {reference} is quantized itself", "give the float network it was made of"
+        )
+    if taken and (design != Design() or high_precision != "fp32"):
+        raise ModelError(
+            f"{file} is quantized already, and taken as it is",
+            "leave out --design-ber, --redundancy, --effort and --high-precision",
+        )
 
 
 def check_calibration(images: int, adjust: bool) -> None:

@@ -73,6 +73,11 @@ class _Recorded(click.Command):
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="OUT.resq; default: beside MODEL."
 )
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Of a quantized .onnx: the network it was made of, in any form that MODEL may have.",
+)
 @click.option("--arch", help="Of a state_dict: resnet8, torchvision:resnet18, pkg.module:factory.")
 @click.option(
     "--arch-arg", type=_pair, metavar="K=V", multiple=True, help="Of the network: width=16."
@@ -173,10 +178,11 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Turn MODEL.pt into an INT8 bundle that can be deployed and validated (RESQ stage III).
+    """Turn MODEL into an INT8 bundle that can be deployed and validated (RESQ stage III).
 
-    MODEL: a checkpoint of resq-harden, a state_dict with --arch, a TorchScript archive, or a
-    torch.export .pt2. Or a bundle, to which the engines of --target are added.
+    MODEL: a checkpoint of resq-harden, a state_dict with --arch, a TorchScript archive, a
+    torch.export .pt2, or a float .onnx. An .onnx that any tool quantized (Q/DQ) is taken as it
+    is. Or a bundle, to which the engines of --target are added.
     """
     say, engine = Reporter(quiet=quiet), take_engine_options(options)
     if model.is_dir():
@@ -221,11 +227,12 @@ def show(bundle: Bundle) -> None:
     """The same for people, on stdout."""
     manifest, metrics = bundle.manifest, bundle.manifest.metrics
     table = Table(title=f"{bundle.path}  {manifest.arch}", title_justify="left")
-    for heading in ("", "FP32", "INT8"):
+    exact = "FP32" if metrics.reference == "fp32" else "dequantized"
+    for heading in ("", exact, "INT8"):
         table.add_column(heading, justify="right" if heading else "left")
     label = f"accuracy on {metrics.samples} held-out images"
     table.add_row(label, f"{metrics.fp32_accuracy:.2%}", f"{metrics.int8_accuracy:.2%}")
-    table.add_row("same top-1 as FP32", "", f"{metrics.agreement:.2%}")
+    table.add_row(f"same top-1 as {exact}", "", f"{metrics.agreement:.2%}")
     for name, decibel in metrics.sqnr_db.items():
         table.add_row(f"SQNR of {name}", "", f"{decibel:.1f} dB")
     for name, attack in manifest.attacks.items():

@@ -17,7 +17,7 @@ from resq_deploy.bundle import Sample
 from resq_deploy.export import graph
 from resq_deploy.export.calibrate import Range
 from resq_deploy.export.rules import Plan, Weight
-from resq_deploy.manifest import Metrics
+from resq_deploy.manifest import Metrics, Reference
 from resq_deploy.metrics import accuracy, agreement, sqnr_db, top1
 
 _PACKAGES = frozenset(
@@ -30,10 +30,16 @@ _PACKAGES = frozenset(
 
 LEAST_AGREEMENT = 0.97  # of INT8 with FP32, below which an export says so
 MOST_LOST = 0.02  # of accuracy
+_REFERENCES: Mapping[Reference, str] = {
+    "fp32": "FP32",
+    "dequantized": "its own weights in float arithmetic",
+}
 
 
-def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Metrics:
-    """FP32 against INT8 on a held-out sample, both in ONNX Runtime on the CPU."""
+def compare(
+    fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample, reference: Reference = "fp32"
+) -> Metrics:
+    """FP32 against INT8 on a held-out sample, both in ONNX Runtime on the CPU; `reference`: what `fp32` is."""
     exact, coded = graph.run(fp32, sample.images), graph.run(int8, sample.images)
     return Metrics(
         samples=len(sample),
@@ -41,19 +47,26 @@ def compare(fp32: onnx.ModelProto, int8: onnx.ModelProto, sample: Sample) -> Met
         int8_accuracy=accuracy(coded, sample.labels),
         agreement=agreement(exact, coded),
         sqnr_db={int8.graph.output[0].name: sqnr_db(exact, coded)},
+        reference=reference,
     )
 
 
-def doubts(metrics: Metrics, ranges: Mapping[str, Range]) -> str | None:
+def doubts(metrics: Metrics, ranges: Mapping[str, Mapping[str, Any]]) -> str | None:
     """What to say where INT8 is not what FP32 was; None where all is well."""
     lost = metrics.fp32_accuracy - metrics.int8_accuracy
     if metrics.agreement >= LEAST_AGREEMENT and lost <= MOST_LOST:
         return None
-    worst = sorted(ranges.items(), key=lambda item: item[1].sqnr_db)[:3]
-    named = ", ".join(f"{name} ({span.sqnr_db:.1f} dB)" for name, span in worst)
+    said = (
+        f"INT8 agrees with {_REFERENCES[metrics.reference]} on {metrics.agreement:.1%} of the held-out images and loses"
+        f" {100 * lost:.1f} points of accuracy"
+    )
+    known = [(name, span["sqnr_db"]) for name, span in ranges.items() if "sqnr_db" in span]
+    if not known:
+        return f"{said}. It takes pixels in [0, 1] here: if it wants others, give --mean and --std"
+    worst = sorted(known, key=lambda item: float(item[1]))[:3]
+    named = ", ".join(f"{name} ({decibel:.1f} dB)" for name, decibel in worst)
     return (
-        f"INT8 agrees with FP32 on {metrics.agreement:.1%} of the held-out images and loses"
-        f" {100 * lost:.1f} points of accuracy; activations that INT8 holds worst: {named}."
+        f"{said}; activations that INT8 holds worst: {named}."
         " Below about 15 dB a few outliers take the whole range: look at how the network was trained"
     )
 

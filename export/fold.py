@@ -106,13 +106,14 @@ def fold_constants(model: onnx.ModelProto) -> None:
     Sizes that are known although the batch is not count as constants. A value made of one
     parameter only (a transposed weight) keeps that parameter's name.
     """
-    _lift_constants(model.graph)
+    lift_constants(model.graph)
     while _fold_once(model):
         pass
     drop_unused(model.graph)
 
 
-def _lift_constants(graph: onnx.GraphProto) -> None:
+def lift_constants(graph: onnx.GraphProto) -> None:
+    """Constant nodes become initializers, in place."""
     kept = []
     for node in graph.node:
         if node.op_type == "Constant":

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from resq_deploy.checkpoint import Checkpoint, is_checkpoint
 from resq_deploy.errors import ModelError
-from resq_deploy.export import pt2
+from resq_deploy.export import onnx_source, pt2
 from resq_deploy.export.graph import quiet
 
-Form = Literal["checkpoint", "state dict", "TorchScript", "exported", "pickle"]
+Form = Literal["checkpoint", "state dict", "TorchScript", "exported", "pickle", "ONNX", "Q/DQ"]
 
+ONNX = ".onnx"
 _WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every key
 _NESTS = ("state_dict", "model_state_dict", "model", "net")
 _HARMLESS = ("torch", "collections", "numpy", "_codecs")  # modules that plain checkpoints name
 
 
 def read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
-    """What a file holds: a Checkpoint, a state dict {name: Tensor}, a ScriptModule, or an nn.Module.
+    """What a file holds: a Checkpoint, a state dict {name: Tensor}, a ScriptModule, an nn.Module, or a ModelProto.
 
     Raises ModelError for a file that is missing, damaged or no model, and for one whose reading would
     run code that came with it, unless `trust_pickle`.
@@ -36,6 +37,9 @@ def read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
         raise ModelError(f"{file} does not exist", "give the path of a model file")
     if not file.is_file():
         raise ModelError(f"{file} is not a file", "give the path of a model file")
+    if file.suffix == ONNX:
+        model = onnx_source.load(file)
+        return ("Q/DQ" if onnx_source.is_quantized(model) else "ONNX"), model
     with quiet():
         try:
             members = _members(file)
@@ -49,19 +53,18 @@ def read(file: Path, trust_pickle: bool) -> tuple[Form, Any]:
 
 
 def path_of(model: Any) -> Path:
-    """The file that a caller means. Raises ModelError for a network in memory, and for an ONNX graph."""
+    """The file that a caller means. Raises ModelError for a network in memory."""
     if not isinstance(model, str | os.PathLike):
         raise ModelError(
             f"a {type(model).__name__} in memory is no model file",
             "save it first: torch.export.save(torch.export.export(network, (images,)), 'model.pt2')",
         )
-    file = Path(model)
-    if file.suffix == ".onnx":
-        raise ModelError(
-            f"{file} is an ONNX graph, and exports start from a torch network",
-            "give the file it was made from; runtime.ort.OrtRunner runs a Q/DQ graph as it is, with faults",
-        )
-    return file
+    return Path(model)
+
+
+def is_quantized(file: Path) -> bool:
+    """Whether a file is an ONNX graph that has codes already. Raises ModelError for one that cannot be read."""
+    return file.suffix == ONNX and file.exists() and read(file, False)[0] == "Q/DQ"
 
 
 def other_type(network: nn.Module) -> str:

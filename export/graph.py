@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,23 @@ class Preprocessed(nn.Module):
         return logits
 
 
+def per_channel(
+    values: Sequence[float] | None, default: float, shape: tuple[int, int, int]
+) -> tuple[float, ...]:
+    """Preprocessing of each channel; one number is for all. Raises ModelError."""
+    given = (default,) if values is None else tuple(map(float, values))
+    if not np.isfinite(given).all():
+        raise ModelError(
+            f"preprocessing {given} is not finite", "give plain numbers to --mean and --std"
+        )
+    if len(given) not in (1, shape[0]) or (default == 1.0 and min(given) <= 0):
+        raise ModelError(
+            f"preprocessing {given} for {shape[0]} channels",
+            "give one number per channel to --mean and --std; std must be above 0",
+        )
+    return given * shape[0] if len(given) == 1 else given
+
+
 def to_onnx(
     module: Preprocessed, shape: tuple[int, int, int], *, name: str, opset: int | None = None
 ) -> onnx.ModelProto:
@@ -72,15 +89,33 @@ def to_onnx(
     result fails onnx.checker, or ONNX Runtime computes something else than torch.
     """
     wanted = checked_opset(opset)
-    model = _simplified(_exported(module, shape, wanted))
+    leaves = {n for n, m in module.network.named_modules() if not any(True for _ in m.children())}
+    exported = _exported(module, shape, wanted)
+    model = finished(exported, name=name, opset=wanted, prefix=f"{_WRAPPED}.", leaves=leaves)
+    _compare(module, model, shape)
+    return model
+
+
+def finished(
+    model: onnx.ModelProto,
+    *,
+    name: str,
+    opset: int,
+    prefix: str = "",
+    leaves: Collection[str] = (),
+) -> onnx.ModelProto:
+    """A float graph as exports start from it: simplified, BatchNorm folded, with its lasting names, checked.
+
+    `prefix`, `leaves`: see names.rename; without a prefix nodes keep the names they have. Raises ModelError.
+    """
+    own = {n.output[0]: n.name for n in model.graph.node if n.name}
+    model = _simplified(model)
     _pools(model)
     fold.drop_unused(model.graph)
-    leaves = {n for n, m in module.network.named_modules() if not any(True for _ in m.children())}
-    names.rename(model, f"{_WRAPPED}.", leaves)
-    names.forget_origin(model, name, wanted)
+    names.rename(model, prefix, leaves, own=None if prefix else own)
+    names.forget_origin(model, name, opset)
     _name_batch(model.graph)
     check(model)
-    _compare(module, model, shape)
     return model
 
 
@@ -90,6 +125,13 @@ def checked_opset(opset: int | None) -> int:
     if wanted not in OPSETS:
         raise ModelError(f"opset {wanted}", f"choose one of {OPSETS[0]} to {OPSETS[-1]}")
     return wanted
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operators in a graph; 1 where it names none."""
+    return max(
+        (int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1
+    )
 
 
 def check(model: onnx.ModelProto) -> None:
@@ -110,17 +152,24 @@ def check(model: onnx.ModelProto) -> None:
 
 
 def run(
-    model: onnx.ModelProto, images: NDArray[np.float32], batch: int | None = None
+    model: onnx.ModelProto,
+    images: NDArray[np.float32],
+    batch: int | None = None,
+    *,
+    optimize: bool = True,
 ) -> NDArray[np.float32]:
     """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes].
 
-    `batch`: images at once; default: 256, or as many as a quarter of a GiB of activations allows.
+    `batch`: images at once; default: 256, or as many as a quarter of a GiB of activations allows. `optimize`: whether
+    ONNX Runtime may fuse nodes.
     """
     import onnxruntime as ort
 
     size = batch or footprint.run_batch(model)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails raises
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -130,12 +179,14 @@ def run(
     return logits
 
 
-def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> Any:
+def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
+    import onnx_ir as ir
+
     example = torch.linspace(0, 1, 2 * int(np.prod(shape))).reshape(2, *shape)
     batch = torch.export.Dim("batch", min=1, max=2**20)
     with quiet():
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 module,
                 (example,),
                 dynamo=True,
@@ -152,16 +203,16 @@ def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> Any
                 f"torch cannot export the network: {reason}",
                 "its forward must take any batch size and not branch on the values of its input",
             ) from error
-    return program
+        model: onnx.ModelProto = ir.serde.serialize_model(program.model)
+    return model
 
 
-def _simplified(program: Any) -> onnx.ModelProto:
+def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx_ir as ir
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
 
     with quiet():
-        model: onnx.ModelProto = ir.serde.serialize_model(program.model)
         for _ in range(_ROUNDS):
             fold.fold_constants(model)
             graph = ir.serde.deserialize_model(model)
@@ -201,7 +252,7 @@ def _pools(model: onnx.ModelProto) -> None:
 
 def _name_batch(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        value.type.tensor_type.shape.dim[0].dim_param = names.BATCH
 
 
 def _compare(module: nn.Module, model: onnx.ModelProto, shape: tuple[int, int, int]) -> None:

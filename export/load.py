@@ -4,6 +4,7 @@ checkpoint    of resq-harden: carries its architecture, shape, classes and prepr
 state dict    tensors by name; needs an architecture to put them in
 TorchScript   torch.jit.save
 exported      torch.export.save, .pt2
+ONNX          a float graph, .onnx; one that is quantized already is taken as it is (adopt.py)
 pickle        a pickled module: loading it runs its author's code, so only if it is trusted
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +25,10 @@ from resq_deploy import networks
 from resq_deploy.bundle import sha256_of
 from resq_deploy.checkpoint import Checkpoint, load_weights
 from resq_deploy.errors import ModelError
-from resq_deploy.export import formats
+from resq_deploy.export import formats, graph, onnx_source
 from resq_deploy.export.formats import Form
 from resq_deploy.export.graph import Preprocessed, quiet
+from resq_deploy.export.onnx_source import Source
 
 Shape = tuple[int, int, int]
 
@@ -39,11 +41,11 @@ class LoadedModel:
     """A network ready to be exported.
 
     `module`: float32 pixels in [0, 1], [B, C, H, W] -> logits [B, classes], preprocessing inside, eval
-    mode. `classes`: names, `0`, `1`, ... where the file has none. `trained`, `metrics`: what the file
-    says about its training.
+    mode; None where the file is a graph, `source`. `classes`: names, `0`, `1`, ... where the file has none.
+    `trained`, `metrics`: what the file says about its training.
     """
 
-    module: Preprocessed
+    module: Preprocessed | None
     form: Form
     arch: str
     input_shape: Shape
@@ -53,6 +55,14 @@ class LoadedModel:
     sha256: str
     trained: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    source: Source | None = None
+
+    def to_onnx(self, opset: int | None = None) -> onnx.ModelProto:
+        """The FP32 graph that exports start from; `opset`: 17 to 21. Raises ModelError."""
+        if self.source is not None:
+            return onnx_source.to_fp32(self.source, name=self.arch, opset=opset)
+        assert self.module is not None
+        return graph.to_onnx(self.module, self.input_shape, name=self.arch, opset=opset)
 
 
 def load_model(
@@ -77,12 +87,17 @@ def load_model(
     `default_classes` says of images of its shape, or as its last matrix has rows.
     Raises ModelError for a file that is missing, damaged or no model, for a pickled module that is not
     trusted, for weights of another architecture or type, and for an input shape that the network refuses.
+    A graph with Q/DQ is loaded too (form `Q/DQ`), and is no network to start from: adopt.py takes it as it is.
     """
     file = formats.path_of(path)
     form, content = formats.read(file, trust_pickle)
     _check_arch(file, form, content, arch, arch_args or {})
     if isinstance(content, Checkpoint):
         return _of_checkpoint(file, content, input_shape, mean, std, classes, arch is not None)
+    if form in ("ONNX", "Q/DQ"):
+        if input_shape is None and default_shape is not None and onnx_source.is_open(content):
+            input_shape = default_shape()
+        return of_graph(file, content, input_shape, mean, std, classes)
     if input_shape is None and default_shape is None:
         raise ModelError(
             f"{file} does not say what images it takes", "give --input-shape, for example 3x32x32"
@@ -98,12 +113,40 @@ def load_model(
         network = formats.in_float32(content)
     elif other := formats.other_type(content):
         raise ModelError(f"{file} holds parameters in {other}", _SAVE_IN_FLOAT32)
-    means, stds = _per_channel(mean, 0.0, shape), _per_channel(std, 1.0, shape)
+    means, stds = graph.per_channel(mean, 0.0, shape), graph.per_channel(std, 1.0, shape)
     module = Preprocessed(network, means, stds)
     logits = try_out(module, shape, None if classes is None else len(classes))
     names = tuple(classes) if classes is not None else tuple(map(str, range(logits)))
     return LoadedModel(
         module, form, arch or form.lower(), shape, names, means, stds, sha256_of(file)
+    )
+
+
+def of_graph(
+    file: Path,
+    model: onnx.ModelProto,
+    input_shape: Shape | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    classes: Sequence[str] | None,
+) -> LoadedModel:
+    """A network that is an ONNX graph, with or without Q/DQ. Raises ModelError."""
+    source = onnx_source.read(file, model, input_shape=input_shape, mean=mean, std=std)
+    if classes is not None and len(classes) != source.classes:
+        raise ModelError(
+            f"the network has {source.classes} outputs for {len(classes)} classes",
+            "choose the data it was trained on",
+        )
+    return LoadedModel(
+        None,
+        "Q/DQ" if source.quantized else "ONNX",
+        file.stem,
+        source.shape,
+        tuple(classes) if classes is not None else tuple(map(str, range(source.classes))),
+        source.mean,
+        source.std,
+        sha256_of(file),
+        source=source,
     )
 
 
@@ -186,8 +229,8 @@ def _of_checkpoint(
             f"{file} takes images of {checkpoint.input_shape[0]} channels, not {shape[0]}",
             "leave out --input-shape: the checkpoint knows it",
         )
-    means = checkpoint.mean if mean is None else _per_channel(mean, 0.0, shape)
-    stds = checkpoint.std if std is None else _per_channel(std, 1.0, shape)
+    means = checkpoint.mean if mean is None else graph.per_channel(mean, 0.0, shape)
+    stds = checkpoint.std if std is None else graph.per_channel(std, 1.0, shape)
     names = checkpoint.classes if classes is None else tuple(classes)
     module = Preprocessed(checkpoint.network(asked=asked), means, stds)
     try_out(module, shape, len(names))
@@ -203,20 +246,6 @@ def _of_checkpoint(
         {**checkpoint.trained, "arch_args": dict(checkpoint.arch_args), "seed": checkpoint.seed},
         checkpoint.metrics,
     )
-
-
-def _per_channel(values: Sequence[float] | None, default: float, shape: Shape) -> tuple[float, ...]:
-    given = (default,) if values is None else tuple(map(float, values))
-    if not np.isfinite(given).all():
-        raise ModelError(
-            f"preprocessing {given} is not finite", "give plain numbers to --mean and --std"
-        )
-    if len(given) not in (1, shape[0]) or (default == 1.0 and min(given) <= 0):
-        raise ModelError(
-            f"preprocessing {given} for {shape[0]} channels",
-            "give one number per channel to --mean and --std; std must be above 0",
-        )
-    return given * shape[0] if len(given) == 1 else given
 
 
 def _counts(

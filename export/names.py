@@ -13,6 +13,7 @@ from resq_deploy.export import fold
 
 INPUT = "input"
 OUTPUT = "logits"
+BATCH = "batch"  # the dimension that is left free
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -32,14 +33,21 @@ _LATER = re.compile(
 )
 
 
-def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None:
+def rename(
+    model: onnx.ModelProto,
+    prefix: str,
+    leaves: Collection[str],
+    *,
+    own: Mapping[str, str] | None = None,
+) -> None:
     """Give every node, tensor and parameter its lasting name, in place.
 
     A node with a weight is called as the weight's module (`layer1.0.conv1`), and so are its weight and
     bias (`layer1.0.conv1.weight`). Any other node is called as its module if that is one of `leaves`
     and makes no other kind of node, else as module and operation (`layer1.0.add`). `prefix` is what a wrapper
-    put before every path. What a node computes is called `NODE.out`. A parameter whose name is taken, or that a later
-    step needs (`input.scale`), gets a number.
+    put before every path; `own`: names of nodes whose module is not known, by what they compute. What a node
+    computes is called `NODE.out`. A parameter whose name is taken, or that a later step needs (`input.scale`), gets a
+    number.
     """
     graph = model.graph
     _unshare(graph)
@@ -52,6 +60,8 @@ def rename(model: onnx.ModelProto, prefix: str, leaves: Collection[str]) -> None
     for node, module in zip(graph.node, modules, strict=True):
         whole = _weight(node, arrays, prefix) or (module in leaves and len(kinds[module]) == 1)
         parts = (module,) if whole else (module, node.op_type.lower())
+        if own is not None and not module:
+            parts = (own.get(node.output[0]) or node.name or node.op_type.lower(),)
         node.name = unique(".".join(filter(None, parts)))
         for position, name in enumerate(node.output):
             many = str(position) if len(node.output) > 1 else ""

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from torch import nn
 
 from resq_deploy.budget import parse_eps
-from resq_deploy.bundle import (
-    EVAL,
-    FP32,
-    INT8,
-    Bundle,
-    BundleWriter,
-    Sample,
-    check_free,
-    compact,
-    sha256_of,
-)
+from resq_deploy.bundle import Bundle, Sample, check_free
 from resq_deploy.console import Reporter
 from resq_deploy.export import (
     asked,
     describe,
     footprint,
+    formats,
     gradients,
     graph,
     halves,
@@ -37,11 +26,13 @@ from resq_deploy.export import (
     qdq,
     rules,
     samples,
+    writing,
 )
 from resq_deploy.export.adjust import adjust as stage3
+from resq_deploy.export.adopt import adopt, check_engines
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
-from resq_deploy.export.craft import craft, parameters_of, white_box, zero_gradients
+from resq_deploy.export.craft import craft, white_box
 from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
 from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
 from resq_deploy.export.formats import path_of
@@ -49,6 +40,7 @@ from resq_deploy.export.load import LoadedModel, load_model
 from resq_deploy.export.on_device import complete
 from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
+from resq_deploy.export.writing import Made
 from resq_deploy.manifest import Adjustment
 
 Shape = tuple[int, int, int]
@@ -68,6 +60,7 @@ def export_model(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    reference: str | os.PathLike[str] | None = None,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
     input_shape: Shape | None = None,
@@ -100,7 +93,9 @@ def export_model(
 ) -> Bundle:
     """Turn a trained network into an INT8 bundle that can be deployed and validated.
 
-    `model`: a file in any form of load.py. `output`: the bundle to write (default: beside the model, `.resq`).
+    `model`: a file in any form of load.py; an ONNX graph with Q/DQ, from whatever quantizer, is taken as it is
+    (adopt.py), and compared with the network it was made of, `reference`.
+    `output`: the bundle to write (default: beside the model, `.resq`).
     `calib`, `eval`: data sets (see data.load) or Datasets; default: what a checkpoint says it was trained on.
     Ranges come from the train split of `calib`, figures from the test split of `eval`; no image is in both.
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
@@ -124,16 +119,19 @@ def export_model(
     builder = engine or EngineOptions()
     requests(targets, batch, sm, builder)
     design = Design(design_ber, redundancy, effort)
+    taken = formats.is_quantized(file)
+    asked.check_taken(file, taken, reference, design, high_precision)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     asked.check_attacks(attacks or (), eps, faulty, faulty_trials)
     asked.check_precision(high_precision, opset)
     asked.check_design(design, adjust)
-    asked.check_calibration(calib_samples, adjust)
+    adjusts = adjust and not taken
+    asked.check_calibration(calib_samples, adjusts)
     plain = map(white_box, ATTACKS if attacks is None else attacks)
     crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
     judge = eval if eval is not None else calib
     loaded = load_model(
-        model,
+        model if reference is None else reference,
         arch=arch,
         arch_args=arch_args,
         input_shape=input_shape,
@@ -144,103 +142,83 @@ def export_model(
         default_classes=None if judge is None else lambda shape: samples.classes_of(judge, shape),
     )
     drawn = samples.draw(loaded, calib, calib_samples, eval, eval_samples, seed=seed, reporter=say)
-    asked.check_calibration(len(drawn.calibration), adjust)
-    say.log(f"{model}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes")
-
-    fp32 = graph.to_onnx(loaded.module, loaded.input_shape, name=loaded.arch, opset=opset)
-    why = gradients.settle(
-        fp32,
-        loaded.input_shape,
-        named=[*(f"--attack {n}" for n in attacks or ()), *["--attack-faulty"] * bool(faulty)],
-        attacks=bool(crafts),
-        adjust=adjust,
-        reporter=say,
+    asked.check_calibration(len(drawn.calibration), adjusts)
+    say.log(
+        f"{file if reference is None else reference}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes"
     )
-    made = _quantized(
-        fp32,
-        loaded,
-        drawn,
-        high_precision,
-        design if adjust else None,
-        why,
-        parse_eps(eps),
-        seed,
-        say,
-    )
-    metrics = describe.compare(fp32, made.deployed, drawn.held_out)
-    if said := describe.doubts(metrics, made.ranges):
+    named = [*(f"--attack {n}" for n in attacks or ()), *["--attack-faulty"] * bool(faulty)]
+    wanted = gradients.Wanted(named, bool(crafts), adjusts)
+    if taken:
+        made = adopt(file, loaded, drawn, wanted, mean=mean, std=std, opset=opset, reporter=say)
+        check_engines(made.int8, targets)
+    else:
+        made = _quantized(
+            loaded,
+            drawn,
+            wanted,
+            high_precision,
+            design if adjust else None,
+            parse_eps(eps),
+            opset,
+            seed,
+            say,
+        )
+    metrics = describe.compare(made.fp32, made.deployed, drawn.held_out, made.reference)
+    if said := describe.doubts(metrics, made.quantization["activations"]):
         say.warn(said)
 
-    with BundleWriter(target, force=force) as writer:
-        _save(fp32, writer.dir / FP32)
-        _save(made.deployed, writer.dir / INT8)
-        _save_sample(writer, EVAL, drawn.held_out)
-        exposed = drawn.held_out.take(attack_samples)
-        crafted = dict(
-            _attacks(writer, fp32, made.int8, exposed, () if why else crafts, eps, seed, say)
-        )
-        for name, moved, account in joint.sets(
-            made.int8, made.deployed, exposed, faulty, eps, faulty_trials, seed, say
-        ):
-            _save_sample(writer, f"attacks/{name}.npz", moved)
-            crafted[name] = account | {"model_sha256": sha256_of(writer.dir / INT8)}
-        bundle = writer.finish(
-            {
-                "name": target.name.removesuffix(".resq") or "model",
-                "arch": loaded.arch,
-                "input": _input(loaded, made.deployed),
-                "classes": drawn.classes,
-                "quantization": describe.quantization_of(
-                    made.source, made.deployed, made.plan, made.ranges, high_precision
-                ),
-                "adjustment": made.record,
-                "metrics": metrics,
-                "attacks": crafted,
-                "provenance": _provenance(loaded, drawn, command, seed),
-            }
-        )
+    bundle = writing.write(
+        target,
+        made,
+        drawn.held_out,
+        writing.Exposure(
+            () if made.obstacle else crafts,
+            tuple(faulty),
+            eps,
+            attack_samples,
+            faulty_trials,
+            seed,
+        ),
+        {
+            "arch": loaded.arch,
+            "input": writing.input_of(loaded.input_shape, made),
+            "classes": drawn.classes,
+            "metrics": metrics,
+            "provenance": writing.provenance_of(loaded, made, command, seed),
+        },
+        force=force,
+        reporter=say,
+    )
     return complete(bundle, targets=targets, batch=batch, sm=sm, options=builder, reporter=say)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Quantized:
-    """`source` in INT8 by `plan` and `ranges`; `deployed` is `int8` with its float part in the type asked for."""
-
-    plan: rules.Plan
-    ranges: Mapping[str, Range]
-    source: onnx.ModelProto
-    int8: onnx.ModelProto
-    deployed: onnx.ModelProto
-    record: Adjustment
-
-
 def _quantized(
-    fp32: onnx.ModelProto,
     loaded: LoadedModel,
     drawn: Drawn,
+    wanted: gradients.Wanted,
     high_precision: HighPrecision,
     design: Design | None,
-    obstacle: str | None,
     eps: float,
+    opset: int | None,
     seed: int,
     reporter: Reporter,
-) -> _Quantized:
-    """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for.
-
-    `obstacle`: why there is nothing to adjust with.
-    """
+) -> Made:
+    """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
+    fp32 = loaded.to_onnx(opset)
+    why = gradients.settle(fp32, loaded.input_shape, wanted, reporter)
     half = high_precision == "fp16"
     plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)
     size = footprint.gradient_batch(fp32)
-    attacked = _attacked(loaded.module, images, eps, size, seed, reporter)
+    network = loaded.module if loaded.module is not None or why else Twin(fp32).eval()
+    attacked = [] if network is None else _attacked(network, images, eps, size, seed, reporter)
     ranges: Mapping[str, Range] = calibrate(
         fp32, plan.activations, clean, adversarial=attacked, reporter=reporter
     )
     int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
     source = fp32
-    record = Adjustment(applied=False, reason=obstacle if design is not None else None)
-    if design is not None and obstacle is None:
+    record = Adjustment(applied=False, reason=why if design is not None else None)
+    if design is not None and why is None:
         found = stage3(
             int8,
             fp32,
@@ -257,25 +235,19 @@ def _quantized(
     int8 = snap_biases(int8)
     deployed = halves.to_fp16(int8) if half else int8
     graph.check(deployed)
-    return _Quantized(plan, ranges, source, int8, deployed, record)
-
-
-def _input(loaded: LoadedModel, model: onnx.ModelProto) -> dict[str, Any]:
-    name = model.graph.input[0].name
-    return {"name": name, "shape": loaded.input_shape, "mean": loaded.mean, "std": loaded.std}
-
-
-def _provenance(
-    loaded: LoadedModel, drawn: Drawn, command: Sequence[str], seed: int
-) -> dict[str, Any]:
-    return {
-        "versions": describe.versions(),
-        "command": tuple(command),
-        "seed": seed,
-        "model_sha256": loaded.sha256,
-        "calibration": drawn.record,
-        "training": {**loaded.trained, "metrics": dict(loaded.metrics)},
-    }
+    listed = describe.quantization_of(source, deployed, plan, ranges, high_precision)
+    return Made(
+        fp32,
+        int8,
+        deployed,
+        listed,
+        record,
+        obstacle=why,
+        mean=loaded.mean,
+        std=loaded.std,
+        sha256=loaded.sha256,
+        calibration=drawn.record,
+    )
 
 
 def _attacked(
@@ -284,48 +256,3 @@ def _attacked(
     """FGSM versions of some calibration images: ranges must not clip what an attacker can send."""
     part = sample.take(CALIB_ATTACKED)
     return [craft(network, part, "fgsm", eps, batch=batch, seed=seed, reporter=reporter)]
-
-
-def _attacks(
-    writer: BundleWriter,
-    fp32: onnx.ModelProto,
-    int8: onnx.ModelProto,
-    sample: Sample,
-    attacks: Sequence[str],
-    eps: float | str,
-    seed: int,
-    reporter: Reporter,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Craft through the twin of the INT8 graph, store, and measure how far the inputs carry over."""
-    if not attacks:
-        return
-    twin, size = Twin(int8).eval(), footprint.gradient_batch(int8)
-    flat = zero_gradients(twin, sample, size)
-    for name in attacks:
-        images = craft(twin, sample, name, eps, batch=size, seed=seed, reporter=reporter)
-        _save_sample(writer, f"attacks/{name}.npz", Sample(images, sample.labels, sample.indices))
-        yield (
-            name,
-            {
-                "attack": name,
-                "norm": "linf",
-                "eps": parse_eps(eps),
-                "parameters": asdict(parameters_of(name, {})),
-                "crafted_through": "twin",
-                "model_sha256": sha256_of(writer.dir / INT8),
-                "samples": len(sample),
-                "transfer": {
-                    "int8": describe.attack_success(int8, sample, images),
-                    "fp32": describe.attack_success(fp32, sample, images),
-                    "zero_gradients": flat,
-                },
-            },
-        )
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _save_sample(writer: BundleWriter, name: str, sample: Sample) -> None:
-    writer.save_npz(name, x=compact(sample.images), y=sample.labels, index=sample.indices)

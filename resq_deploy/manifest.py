@@ -15,6 +15,7 @@ SCHEMA_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Reference = Literal["fp32", "dequantized"]
 
 
 class Strict(BaseModel):
@@ -73,9 +74,13 @@ class FloatOp(Strict):
 
 
 class Quantization(Strict):
-    """Symmetric INT8: codes in [-128, 127], zero point 0."""
+    """Which codes the graph has.
 
-    scheme: Literal["int8-symmetric-qdq"] = "int8-symmetric-qdq"
+    `int8-symmetric-qdq`: in [-128, 127], zero point 0, which is what exports write; `int8-qdq`: with zero points or
+    unsigned codes, in a file that another tool quantized.
+    """
+
+    scheme: Literal["int8-symmetric-qdq", "int8-qdq"] = "int8-symmetric-qdq"
     weights: dict[str, WeightScale]
     activations: dict[str, ActivationScale]
     float_ops: tuple[FloatOp, ...] = ()
@@ -83,13 +88,17 @@ class Quantization(Strict):
 
 
 class Metrics(Strict):
-    """FP32 against INT8 on the held-out sample."""
+    """FP32 against INT8 on the held-out sample.
+
+    `reference`: what model.fp32.onnx is, the network itself, or (`dequantized`) the INT8 graph without its rounding.
+    """
 
     samples: int = Field(ge=1)
     fp32_accuracy: Share
     int8_accuracy: Share
     agreement: Share
     sqnr_db: dict[str, float]
+    reference: Reference = "fp32"
 
 
 class Adjustment(Strict):

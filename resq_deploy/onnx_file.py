@@ -36,8 +36,8 @@ _KINDS: dict[
 _FILE_OPS = frozenset({"EPContext"})  # operators that name a file for the engine to load
 
 
-def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """A graph with all its tensors inside the file.
+def read_onnx(path: str | os.PathLike[str], *, beside: bool = False) -> onnx.ModelProto:
+    """A graph with all its tensors inside the file; with `beside`, also those in plain files of the same folder.
 
     Raises IntegrityError for a file that is no ONNX graph, is over 2 GiB, has a tensor whose size is not what its
     shape says, has a node without an output, or refers to another file: a tensor with external data (the engine
@@ -53,9 +53,39 @@ def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise IntegrityError(f"{file} cannot be read: {error.strerror}", _CURE) from error
     except (DecodeError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"{file} is not an ONNX file", _CURE) from error
+    if beside:
+        _fetch(model, file)
     if wrong := next(_wrong(model), ""):
         raise IntegrityError(f"{file} {wrong}", _CURE)
     return model
+
+
+def _fetch(model: onnx.ModelProto, file: Path) -> None:
+    """Read, in place, what initializers keep in files beside this one, as torch's exporter writes them."""
+    total = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        told = {entry.key: entry.value for entry in tensor.external_data}
+        place = file.parent / told.get("location", "")
+        if place.name != told.get("location") or place.is_symlink() or not place.is_file():
+            raise IntegrityError(
+                f"{file} keeps {tensor.name[:80]!r} in {told.get('location', '')[:80]!r}, which is no file beside it",
+                "copy both files, or save the graph as one",
+            )
+        try:
+            start = int(told.get("offset", 0))
+            size = int(told.get("length", place.stat().st_size - start))
+            total += size
+            if min(start, size) < 0 or total > _LIMIT:
+                raise ValueError
+            with place.open("rb") as content:
+                content.seek(start)
+                tensor.raw_data = content.read(size)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{place} cannot be read", _CURE) from error
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def _wrong(message: Message) -> Iterator[str]:

@@ -98,7 +98,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipeline, "export_model", export_model)
     line = (
-        "m.pt -o o.resq --arch resnet8 --arch-arg width=8 --arch-arg norm=group"
+        "m.pt -o o.resq --reference r.pt --arch resnet8 --arch-arg width=8 --arch-arg norm=group"
         " --input-shape 3x32x48 --mean 0.1,0.2,0.3 --std 1,2,3 --calib a.npz --calib-samples 7"
         " --eval b.npz --eval-samples 8 --batch 1:2:3 --target onnx --target tensorrt-rtx"
         " --sm 86,89 --high-precision fp16 --design-ber 1e-2 --no-adjust --redundancy 0.2 --effort 2"
@@ -115,6 +115,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "model": Path("m.pt"),
         "output": Path("o.resq"),
+        "reference": Path("r.pt"),
         "arch": "resnet8",
         "arch_args": {"width": 8, "norm": "group"},
         "input_shape": (3, 32, 48),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from resq_deploy.export.calibrate import Range
 from resq_deploy.export.describe import doubts
 from resq_deploy.manifest import Metrics
 
-RANGES = {
-    name: Range(0.0, 1.0, 0.01, "mse", db) for name, db in (("a", 40.0), ("b", 1.7), ("c", 30.0))
-}
+RANGES = {name: {"sqnr_db": decibel} for name, decibel in (("a", 40.0), ("b", 1.7), ("c", 30.0))}
 
 
 @pytest.mark.parametrize(

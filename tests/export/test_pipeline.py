@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from resq_deploy.bundle import Bundle, sha256_of
 from resq_deploy.errors import AttackError, BackendError, BundleError, DataError, ResqError
-from resq_deploy.export import pipeline
+from resq_deploy.export import pipeline, writing
 from resq_deploy.export.adjust import Adjusted
 from resq_deploy.export.design import Design
 from resq_deploy.export.pipeline import export_model
@@ -277,7 +277,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def full(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_save_sample", full)
+    monkeypatch.setattr(writing, "_save_sample", full)
     with pytest.raises(KeyboardInterrupt):
         export_model(home / "model.pt", tmp_path / "m.resq", **FAST)
     assert list(tmp_path.iterdir()) == []

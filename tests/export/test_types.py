@@ -45,6 +45,7 @@ def test_a_network_of_another_type_becomes_float32(
     save_typed(form, dtype, tmp_path / "m.pt")
     loaded = load_model(tmp_path / "m.pt", **PLAIN, trust_pickle=True)
     x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert loaded.module is not None
     with torch.no_grad():
         found = loaded.module(x)
     assert found.dtype == torch.float32

@@ -1,0 +1,220 @@
+"""A Q/DQ graph that somebody else's quantizer wrote: in the form that faults need, listed, and without its rounding.
+
+Nothing that the file computes is changed. Weights that it keeps in float behind a QuantizeLinear (as NNCF and
+quantization-aware training write them) become the INT8 codes that an engine makes of them when it loads the file: those
+are what lies in the memory of the device, and what faults are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from resq_deploy.errors import ModelError
+from resq_deploy.export import fold, names
+from resq_deploy.manifest import FloatOp
+from resq_deploy.memory import fault_space
+
+GIVEN = "as in the file"
+_DQ, _Q = "DequantizeLinear", "QuantizeLinear"
+_BYTES = (TensorProto.INT8, TensorProto.UINT8)
+_KNOWN = (*_BYTES, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32)  # the last: of biases
+_LIMITS: Mapping[Any, tuple[int, int]] = {
+    np.dtype(kind): (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
+    for kind in (np.int8, np.uint8, np.int16, np.uint16)
+}
+
+
+def canonical(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with every weight as codes, constants as initializers, and one name for each node.
+
+    Raises ModelError for a graph without INT8 weights, with codes of other than 8 bits (biases: 32), or with scales
+    that are computed as it runs, or are not positive and finite.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    fold.fold_constants(made)
+    _fold_weights(made)
+    unique = names.Unique()
+    for node in made.graph.node:
+        node.name = unique(node.name or node.op_type.lower())
+    _check(made)
+    fault_space(made)
+    return fold.compact(made)
+
+
+def listing(model: onnx.ModelProto) -> dict[str, Any]:
+    """The manifest's account of a canonical graph: every scale in it, and which nodes have float parameters."""
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    ops = {node.name: node.op_type for node in model.graph.node}
+    readers = {n.input[0]: n for n in model.graph.node if n.op_type == _DQ}
+    weights = {}
+    for memory in fault_space(model).memories:
+        if memory.kind == "weights":
+            scale = arrays[readers[memory.name].input[1]].astype(np.float64).reshape(-1)
+            axis = _attribute(readers[memory.name], "axis", 1) % max(memory.value.ndim, 1)
+            weights[memory.name] = {
+                "layer": memory.layer,
+                "op": ops.get(memory.layer, ""),
+                "shape": memory.value.shape,
+                "axis": axis if scale.size > 1 else None,
+                "scale": tuple(map(float, scale)),
+            }
+    return {
+        "scheme": "int8-symmetric-qdq" if is_symmetric(model) else "int8-qdq",
+        "weights": weights,
+        "activations": dict(_activations(model)),
+        "float_ops": tuple(_float_ops(model, ops)),
+    }
+
+
+def is_symmetric(model: onnx.ModelProto) -> bool:
+    """Whether all codes are signed and all zero points 0, which is what TensorRT takes."""
+    arrays = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in (_Q, _DQ):
+            zero = arrays.get(node.input[2]) if len(node.input) > 2 else None
+            codes = arrays.get(node.input[0])
+            if any(t is not None and t.data_type == TensorProto.UINT8 for t in (zero, codes)):
+                return False
+            if zero is not None and numpy_helper.to_array(zero).any():
+                return False
+            if zero is None and node.op_type == _Q and not _attribute(node, "output_dtype", 0):
+                return False  # without a zero point codes are unsigned
+    return True
+
+
+def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network that a canonical graph rounds, as far as it tells: float arithmetic on its dequantized weights.
+
+    What a Q clips stays clipped: quantizers leave out a Relu where the range of codes ends at 0.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    held = fold.initializers(made.graph)
+    known = [n for n in made.graph.node if n.op_type == _DQ and n.input[0] in held]
+    values = fold.evaluate(made, known, [n.output[0] for n in known])
+    passed: dict[str, str] = {}
+    kept = []
+    for node in made.graph.node:
+        if node.output[0] in values:
+            continue
+        for position, name in enumerate(node.input):
+            node.input[position] = passed.get(name, name)
+        if node.op_type == _DQ:
+            passed[node.output[0]] = node.input[0]
+        elif node.op_type == _Q:
+            kept += _clipped(made.graph, node)
+        else:
+            kept.append(node)
+    last = made.graph.output[0].name
+    if last in passed:
+        kept.append(onnx.helper.make_node("Identity", [passed[last]], [last], name=f"{last}.float"))
+    fold.replace(made.graph.node, kept)
+    made.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in values.items())
+    fold.drop_unused(made.graph)
+    return fold.compact(made)
+
+
+def _clipped(graph: onnx.GraphProto, q: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """What a Q does but for rounding, with the ends of its range as new initializers."""
+    arrays = fold.initializers(graph)
+    scale = numpy_helper.to_array(arrays[q.input[1]]).astype(np.float32)
+    low, high = _range(scale, arrays, q)
+    ends = [f"{q.output[0]}.low", f"{q.output[0]}.high"]
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value, np.float32), name)
+        for value, name in zip((low.min(), high.max()), ends, strict=True)
+    )
+    return [onnx.helper.make_node("Clip", [q.input[0], *ends], [q.output[0]], name=q.name)]
+
+
+def _range(
+    scale: NDArray[Any], arrays: Mapping[str, onnx.TensorProto], q: onnx.NodeProto
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The least and the largest value that the codes of a Q stand for, float64, one for each scale."""
+    zero = numpy_helper.to_array(arrays[q.input[2]]) if len(q.input) > 2 else np.zeros(1, np.uint8)
+    low, high = _LIMITS.get(zero.dtype, (-128, 127))
+    shift, wide = zero.astype(np.float64).reshape(-1), scale.astype(np.float64).reshape(-1)
+    return (low - shift) * wide, (high - shift) * wide
+
+
+def _fold_weights(model: onnx.ModelProto) -> None:
+    """Float weights behind a Q -> codes, in place."""
+    graph = model.graph
+    held = fold.initializers(graph)
+    ready = [
+        n for n in graph.node if n.op_type == _Q and all(name in held for name in n.input if name)
+    ]
+    values = fold.evaluate(model, ready, [n.output[0] for n in ready])
+    unique, gone = names.Unique({*held, *fold.producers(graph)}), {n.output[0] for n in ready}
+    new = {n.output[0]: unique(f"{n.input[0]}_quantized") for n in ready}
+    fold.replace(graph.node, [n for n in graph.node if n.output[0] not in gone])
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = new.get(name, name)
+    graph.initializer.extend(numpy_helper.from_array(v, new[n]) for n, v in values.items())
+    fold.drop_unused(graph)
+
+
+def _check(model: onnx.ModelProto) -> None:
+    held = fold.initializers(model.graph)
+    for node in model.graph.node:
+        if node.op_type not in (_Q, _DQ):
+            continue
+        if any(name not in held for name in node.input[1:] if name):
+            raise ModelError(
+                f"{node.name}: the scale is computed while the graph runs",
+                "quantize it statically, with calibration images",
+            )
+        for name in (node.input[0], *node.input[2:]):
+            if name in held and held[name].data_type not in _KNOWN:
+                kind = TensorProto.DataType.Name(held[name].data_type)
+                raise ModelError(f"{node.name}: {name} is in {kind}", "quantize it to INT8")
+        scale = numpy_helper.to_array(held[node.input[1]]).astype(np.float64)
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise ModelError(
+                f"{node.name}: its scale is not positive and finite", "quantize it again"
+            )
+
+
+def _activations(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, Any]]]:
+    arrays = fold.initializers(model.graph)
+    for node in model.graph.node:
+        if node.op_type == _Q:
+            scale = numpy_helper.to_array(arrays[node.input[1]]).astype(np.float64)
+            low, high = _range(scale, arrays, node)
+            yield (
+                node.input[0],
+                {
+                    "scale": float(scale.max()),
+                    "low": float(low.min()),
+                    "high": float(high.max()),
+                    "method": GIVEN if scale.size == 1 else f"{GIVEN}, {scale.size} channels",
+                },
+            )
+
+
+def _float_ops(model: onnx.ModelProto, ops: Mapping[str, str]) -> Iterator[FloatOp]:
+    """Nodes with parameters that stay float: more than one value, and no bias."""
+    seen = set[str]()
+    for memory in fault_space(model).memories:
+        name = memory.layer
+        pixels = name.startswith("preprocess.")
+        if memory.kind == "float" and (memory.value.size > 1 or pixels) and name not in seen:
+            seen.add(name)
+            why = (
+                "pixels are normalized in float"
+                if pixels
+                else "its parameters are float in the file"
+            )
+            yield FloatOp(node=name, op=ops.get(name, ""), reason=why)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
