@@ -6,8 +6,9 @@
 On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage III; onnxruntime's
 quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ. A checkpoint is taken from
 --checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
-missing is trained, and kept there. Finished parts (accuracy, flips, attacks) of each network are kept too, as long as
-stage III gives the same graph, so an interrupted run goes on where it stopped (--fresh: measure again).
+missing is trained, and kept there. Finished parts (accuracy, flips, attacks, other quantizers' files
+under flips) of each network are kept too, as long as they are about the same graphs, so an interrupted
+run goes on where it stopped (--fresh: measure again).
 Ends with one JSON line.
 """
 
@@ -27,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export_material import Setup, material
-from export_page import page, spread
-from export_parts import PARTS, Graphs, needs
+from export_page import above_peers, page, spread
+from export_parts import OTHERS, PARTS, Graphs, needs
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
 PGD = {"FP32": "pgd_fp32", "plain": "pgd_int8_plain", "int8": "pgd_int8"}
@@ -88,7 +89,12 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
         }
     if len(found) < len(PARTS):
         graphs = Graphs(material(checkpoint(arch, folder, setup), setup), setup)
-        found = {part: old for part, old in found.items() if old["graph"] == graphs.digest}
+        whole = all(part in found for part in PARTS if part not in OTHERS)
+        found = {
+            part: old
+            for part, old in found.items()
+            if (whole and part not in OTHERS) or old["graph"] == graph_of(part, graphs)
+        }
     for part in [part for part in PARTS if part not in found]:
         start = time.perf_counter()
         figures = PARTS[part](graphs)
@@ -96,7 +102,7 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
         measured = f"{time.strftime('%Y-%m-%d')} with {commit()}"
         found[part] = {
             "setup": needs(part, setup),
-            "graph": graphs.digest,
+            "graph": graph_of(part, graphs),
             "measured": measured,
             "figures": figures,
         }
@@ -107,6 +113,11 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
     }
     show(arch, merged)
     return merged
+
+
+def graph_of(part: str, graphs: Graphs) -> str:
+    """Which graph the figures of a part are about: ours, or the network."""
+    return graphs.source if part in OTHERS else graphs.digest
 
 
 def commit() -> str:
@@ -170,6 +181,10 @@ def show(arch: str, f: dict[str, Any]) -> None:
         print(f"  {name} at {ber:g}: {spread(gained, 2)} points over plain")
     for name, ber, *share in f["recovered"]:
         print(f"  {name} at {ber:g}: {spread(share, 0)}% of the loss recovered")
+    for name, ber, *share in f["peer_flips"]:
+        print(
+            f"  {name} at {ber:g}: {spread(share, 2)}%; ours above: {spread(above_peers(f)[name, ber], 2)}"
+        )
     print(f"  (FP32 on these images: {100 * f['fp32_of_flipped']:.2f})")
     print(flush=True)
 

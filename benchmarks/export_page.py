@@ -63,6 +63,7 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
         "| --- " * 8 + "|",
         *(row for arch, f in found.items() for row in gain_rows(arch, f)),
     ]  # fmt: skip
+    lines += ["", "## Other quantizers' files under bit flips", "", *peer_lines(found)]
     if speed:
         lines += ["", "## Time", "", *speed_lines(speed)]
     return "\n".join(lines) + "\n"
@@ -137,6 +138,40 @@ def gain_rows(arch: str, f: Figures) -> list[str]:
         back = [shares.get((name, ber), "") for ber in gained]
         rows.append("| " + " | ".join([arch, name, *gained.values(), *back]) + " |")
     return rows
+
+
+def peer_lines(found: Mapping[str, Figures]) -> list[str]:
+    """How files of others bear the same rates, and what ours with stage III is above them."""
+    head = "| | file | BER 1e-3 | 3e-3 | 1e-2 | design above it: 1e-3 | 3e-3 | 1e-2 |"
+    lines = [
+        "What `quantize_static` (the better of its two) and NNCF wrote, taken in as it is (`resq-export FILE.onnx`): the",
+        "same weights, images, rates and numbers of trials. The faults are drawn anew for each file, so a difference has",
+        "the root of the sum of squares of both intervals.",
+        "",
+        head,
+        "| --- " * 8 + "|",
+    ]
+    for arch, f in found.items():
+        above = above_peers(f)
+        for name in dict.fromkeys(name for name, *_ in f["peer_flips"]):
+            cells = {ber: v for n, ber, *v in f["peer_flips"] if n == name}
+            shown = [
+                f"{percent(m)} [{percent(low)}, {percent(high)}]" for m, low, high in cells.values()
+            ]
+            row = [arch, name, *shown, *(spread(above[name, ber], 2) for ber in cells)]
+            lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def above_peers(f: Figures) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """(file, BER) -> how far ours, of the first design BER, is above it: mean, low and high."""
+    name = next(name for name, *_ in f["flips"] if name != "plain")
+    mine = {ber: (mean, high - mean) for n, ber, mean, _, high in f["flips"] if n == name}
+    found = {}
+    for peer, ber, mean, _, high in f["peer_flips"]:
+        gap, half = mine[ber][0] - mean, math.hypot(mine[ber][1], high - mean)
+        found[peer, ber] = gap, gap - half, gap + half
+    return found
 
 
 def spread(shares: Sequence[float], digits: int) -> str:

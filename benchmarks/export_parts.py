@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,18 @@ class Graphs:
         """INT8 with stage III, by design BER."""
         return {ber: ours(self.m, self.setup, ber) for ber in self.setup.design}
 
+    @cached_property
+    def others(self) -> dict[str, onnx.ModelProto]:
+        """What other quantizers make of it."""
+        import export_peers as peers
+
+        m = self.m
+        made = {
+            f"quantize_static {way}": peers.ort_static(m.fp32, m.calibration, way)
+            for way in peers.METHODS
+        }
+        return {**made, "nncf": peers.nncf_ptq(m.fp32, m.calibration)}
+
     @property
     def first(self) -> onnx.ModelProto:
         """That of the first design BER."""
@@ -47,36 +59,42 @@ class Graphs:
     @property
     def digest(self) -> str:
         """Which graphs those are, so that parts measured on different days can be held against each other."""
-        sha = hashlib.sha256()
-        for model in self.adjusted.values():
-            sha.update(model.SerializeToString(deterministic=True))
-        return sha.hexdigest()[:12]
+        return digest(self.adjusted.values())
+
+    @property
+    def source(self) -> str:
+        """Which network it is."""
+        return digest([self.m.fp32])
+
+
+def digest(models: Iterable[onnx.ModelProto]) -> str:
+    """12 hex digits of the sha256 of graphs."""
+    sha = hashlib.sha256()
+    for model in models:
+        sha.update(model.SerializeToString(deterministic=True))
+    return sha.hexdigest()[:12]
 
 
 def needs(part: str, setup: Setup) -> dict[str, Any]:
     """What of the setup the figures of a part depend on, as JSON reads it back."""
-    own = {"accuracy": (), "flips": ("faulty", "trials", "rare"), "attacks": ("attacked",)}
-    every = ("calibration", "test", "design", "threads", "epochs", "seed", "data")
+    flips = ("faulty", "trials", "rare")
+    own = {"accuracy": (), "flips": flips, "attacks": ("attacked",), "peers": flips}
+    every = ("calibration", "test", "threads", "epochs", "seed", "data")
+    ours = () if part in OTHERS else ("design",)
     given = asdict(setup)
     found: dict[str, Any] = json.loads(
-        json.dumps({name: given[name] for name in (*every, *own[part])})
+        json.dumps({name: given[name] for name in (*every, *ours, *own[part])})
     )
     return found
 
 
 def accuracies(graphs: Graphs) -> dict[str, Any]:
     """Accuracy and agreement of all, fault-free; whether TensorRT-RTX builds ours."""
-    import export_peers as peers
-
     from resq_deploy.metrics import accuracy, agreement
 
     m, setup = graphs.m, graphs.setup
     exact = run(m.fp32, m.test, setup)
-    models = {
-        f"quantize_static {way}": peers.ort_static(m.fp32, m.calibration, way)
-        for way in peers.METHODS
-    }
-    models["nncf"] = peers.nncf_ptq(m.fp32, m.calibration)
+    models = graphs.others
     others = {name: run(model, m.test, setup) for name, model in models.items()}
     mine = {
         "plain": deployed(graphs.plain, m.test, setup),
@@ -150,7 +168,28 @@ def under_attack(graphs: Graphs) -> dict[str, Any]:
     }
 
 
-PARTS = {"accuracy": accuracies, "flips": under_flips, "attacks": under_attack}
+def peers_under_flips(graphs: Graphs) -> dict[str, Any]:
+    """Accuracy under bit flips of other quantizers' files, as `resq-export FILE.onnx` takes them in."""
+    from resq_deploy.export.qdq_file import canonical
+    from resq_deploy.metrics import accuracy
+
+    m, setup = graphs.m, graphs.setup
+    scores = {name: accuracy(run(g, m.test, setup), m.labels) for name, g in graphs.others.items()}
+    best = max((name for name in scores if name != "nncf"), key=lambda name: scores[name])
+    chosen = {"quantize_static": graphs.others[best], "nncf": graphs.others["nncf"]}
+    trials = flipped({name: canonical(model) for name, model in chosen.items()}, m, setup)
+    return {
+        "peer_flips": [[name, ber, *interval(shares)] for (name, ber), shares in trials.items()]
+    }
+
+
+PARTS = {
+    "accuracy": accuracies,
+    "flips": under_flips,
+    "attacks": under_attack,
+    "peers": peers_under_flips,
+}
+OTHERS = frozenset({"peers"})  # parts without a graph of ours
 
 
 def run(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np.float32]:
@@ -191,7 +230,7 @@ def flipped(models: dict[str, onnx.ModelProto], m: Material, setup: Setup) -> Tr
     images, labels = m.test[: setup.faulty], m.labels[: setup.faulty]
     found: Trials = {}
     for name, model in models.items():
-        if name != "plain" and model == models["plain"]:
+        if name != "plain" and model == models.get("plain"):
             found |= {(name, ber): found["plain", ber] for ber in BERS}
             continue
         space = fault_space(model).select(kinds=("weights",))
