@@ -144,9 +144,9 @@ def peer_lines(found: Mapping[str, Figures]) -> list[str]:
     """How files of others bear the same rates, and what ours with stage III is above them."""
     head = "| | file | BER 1e-3 | 3e-3 | 1e-2 | design above it: 1e-3 | 3e-3 | 1e-2 |"
     lines = [
-        "What `quantize_static` (the better of its two) and NNCF wrote, taken in as it is (`resq-export FILE.onnx`): the",
-        "same weights, images, rates and numbers of trials. The faults are drawn anew for each file, so a difference has",
-        "the root of the sum of squares of both intervals.",
+        "What `quantize_static` (the better of its two) and NNCF wrote, taken in as it is (`resq-export FILE.onnx`):",
+        "the same images, rates and numbers of trials. Each file has faults of its own, so the interval of a",
+        "difference is the root of the sum of squares of both.",
         "",
         head,
         "| --- " * 8 + "|",
