@@ -81,7 +81,7 @@ def free_batch(g: onnx.GraphProto) -> None:
     for node in g.node:
         shape = held.get(node.input[1]) if node.op_type == "Reshape" else None
         wanted = numpy_helper.to_array(shape) if shape is not None else np.zeros(0, np.int64)
-        if wanted.size > 1 and wanted[0] == fixed:
+        if wanted.ndim == 1 and wanted.size > 1 and wanted[0] == fixed:
             free = np.concatenate([[0], wanted[1:]]).astype(np.int64)  # 0: as long as the input's
             node.input[1] = f"{node.output[0]}.free_shape"
             if 0 not in wanted:

@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import inliner
 
-from resq_deploy.errors import IntegrityError, ModelError
+from resq_deploy.errors import IntegrityError, ModelError, ResqError
 from resq_deploy.export import fold, graph, onnx_ends
 from resq_deploy.onnx_file import read_onnx
 
@@ -54,15 +54,15 @@ class Source:
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether a graph computes with codes. Raises ModelError for one whose integers are not written as Q/DQ."""
     kinds = {node.op_type for node in model.graph.node}
-    if fused := sorted(kinds & _FUSED):
-        raise ModelError(
-            f"the graph is quantized in a form without Q/DQ ({fused[0]})",
-            "write it as Q/DQ: in ONNX Runtime, quantize_static with quant_format=QuantFormat.QDQ",
-        )
     if "DynamicQuantizeLinear" in kinds:
         raise ModelError(
             "the graph chooses its activation scales while it runs (DynamicQuantizeLinear)",
             "quantize it statically, with calibration images",
+        )
+    if fused := sorted(kinds & _FUSED):
+        raise ModelError(
+            f"the graph is quantized in a form without Q/DQ ({fused[0]})",
+            "write it as Q/DQ: in ONNX Runtime, quantize_static with quant_format=QuantFormat.QDQ",
         )
     return bool(kinds & {_Q, _DQ})
 
@@ -131,7 +131,14 @@ def to_fp32(source: Source, *, name: str, opset: int | None = None) -> onnx.Mode
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             raise ModelError(f"parameters are in {kind} ({tensor.name})", "save it in float32")
     model = source.model if own == wanted else _converted(source.model, wanted)
-    model = graph.finished(model, name=name, opset=wanted)
+    try:
+        model = graph.finished(model, name=name, opset=wanted)
+    except ResqError:
+        raise
+    except Exception as error:  # whatever the simplifier raises of a graph that runs all the same
+        raise ModelError(
+            f"the graph cannot be simplified: {_first(error)}", "check it with onnx.checker"
+        ) from error
     images = _noise(source.shape)
     apart = _apart(graph.run(source.model, images), graph.run(model, images))
     if not apart <= graph.PARITY:
@@ -225,12 +232,12 @@ def _run_file(file: Path, model: onnx.ModelProto, images: NDArray[np.float32]) -
             session.run(None, {value.name: np.ascontiguousarray(rows[i : i + fixed])})[0]
             for i in range(0, len(rows), fixed)
         ]
+        return np.concatenate(parts)[: len(images)]
     except Exception as error:  # whatever ONNX Runtime raises
         raise ModelError(
             f"ONNX Runtime does not run {file}: {_first(error)}",
             "check --input-shape, and that the file needs no operators of its own",
         ) from error
-    return np.concatenate(parts)[: len(images)]
 
 
 def _first(error: Exception) -> str:

@@ -164,8 +164,12 @@ def export_model(
             say,
         )
     metrics = describe.compare(made.fp32, made.deployed, drawn.held_out, made.reference)
-    if said := describe.doubts(metrics, made.quantization["activations"]):
-        say.warn(said)
+    for said in (
+        describe.guesses(metrics, len(drawn.classes)),
+        describe.doubts(metrics, made.quantization["activations"]),
+    ):
+        if said:
+            say.warn(said)
 
     bundle = writing.write(
         target,

@@ -90,6 +90,8 @@ def _fetch(model: onnx.ModelProto, file: Path) -> None:
 
 def _wrong(message: Message) -> Iterator[str]:
     """What is wrong anywhere in a graph, its subgraphs and its functions."""
+    if any(isinstance(text, bytes) for text in _texts(message)):
+        yield "has a name that is no text"
     if isinstance(message, onnx.TensorProto):
         if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
             yield f"refers to another file, in tensor {message.name[:80]!r}"
@@ -104,6 +106,13 @@ def _wrong(message: Message) -> Iterator[str]:
         if field.message_type is not None:
             for part in _parts(value):
                 yield from _wrong(part)
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Every string of a message, not of those in it; protobuf gives one that is not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from (value,) if isinstance(value, (str, bytes)) else value
 
 
 def _is_whole(tensor: onnx.TensorProto) -> bool:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from resq_deploy.export.describe import doubts
+from resq_deploy.export.describe import doubts, guesses
 from resq_deploy.manifest import Metrics
 
 RANGES = {name: {"sqnr_db": decibel} for name, decibel in (("a", 40.0), ("b", 1.7), ("c", 30.0))}
+
+
+@pytest.mark.parametrize(
+    ("right", "classes", "silent"),
+    [(0.17, 10, False), (0.21, 10, True), (0.004, 1000, True), (0.001, 1000, False), (0.55, 2, True), (0.45, 2, False)],
+)  # fmt: skip
+def test_a_network_that_guesses_may_want_other_pixels(
+    right: float, classes: int, silent: bool
+) -> None:
+    metrics = Metrics(
+        samples=100, fp32_accuracy=right, int8_accuracy=right, agreement=1.0, sqnr_db={}
+    )
+    said = guesses(metrics, classes)
+    assert (said is None) == silent
+    assert said is None or "--mean and --std" in said
 
 
 @pytest.mark.parametrize(
