@@ -43,7 +43,7 @@ class Outcome:
 
     masked: logits bit-identical; sdc1: top-1 changed; sdc5: the golden top-1 left the top 5;
     critical: a right answer became wrong; due: a NaN or infinity in the logits (a detectable,
-    unrecoverable error). `correct`: top-1 is the label.
+    unrecoverable error). `correct`: top-1 is the label. `changed`: which images became right or wrong, see `packed`.
     """
 
     images: int
@@ -53,6 +53,7 @@ class Outcome:
     sdc5: int
     critical: int
     due: int
+    changed: bytes = b""
 
 
 def classify(
@@ -67,7 +68,7 @@ def classify(
     right = after == labels
     same = (golden.view(np.uint32) == faulty.view(np.uint32)).all(axis=1)
     broken = ~np.isfinite(faulty).all(axis=1)
-    stood, stands = ((x.reshape(versions, -1)).all(axis=0) for x in (before == labels, right))
+    stood, stands = (x.reshape(versions, -1).all(axis=0) for x in (before == labels, right))
 
     def any_of(rows: Any) -> int:
         return int(rows.reshape(versions, -1).any(axis=0).sum())
@@ -80,7 +81,28 @@ def classify(
         sdc5=any_of(~_in_top5(faulty, before)),
         critical=int((stood & ~stands).sum()),
         due=any_of(broken),
+        changed=packed(stood != stands),
     )
+
+
+def right(logits: Logits, labels: NDArray[np.int64], versions: int = 1) -> NDArray[np.bool_]:
+    """Which images are right in all versions, bool [B / versions]; logits float32 [B, classes], labels int64 [B]."""
+    stands: NDArray[np.bool_] = (top1(logits) == labels).reshape(versions, -1).all(axis=0)
+    return stands
+
+
+def packed(flags: NDArray[np.bool_]) -> bytes:
+    """Flags, bool [N], as at most N / 8 bytes, the first flag the highest bit; zero bytes at the end are left out."""
+    return np.packbits(flags).tobytes().rstrip(b"\0")
+
+
+def unpacked(content: bytes, count: int) -> NDArray[np.bool_]:
+    """What `packed` made of `count` flags, bool [count]. Raises ValueError where there are more bytes than that."""
+    size = -(-count // 8)
+    if len(content) > size:
+        raise ValueError(f"{len(content)} bytes for {count} flags")
+    whole = np.frombuffer(content.ljust(size, b"\0"), np.uint8)
+    return np.unpackbits(whole, count=count).view(np.bool_)
 
 
 def _in_top5(logits: Logits, wanted: NDArray[np.int64]) -> NDArray[np.bool_]:

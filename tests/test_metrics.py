@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from resq_deploy.metrics import accuracy, agreement, classify, sqnr_db, top1
+from resq_deploy.metrics import (
+    accuracy,
+    agreement,
+    classify,
+    packed,
+    right,
+    sqnr_db,
+    top1,
+    unpacked,
+)
 
 logits = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 8), st.just(10)), elements=st.floats(-100, 100, width=32)
@@ -51,6 +60,46 @@ def test_each_outcome_by_hand() -> None:
         1,
     )
     assert outcome.correct == 1
+
+
+@given(logits, st.data())
+def test_the_images_that_changed_lead_from_golden_to_faulty(
+    golden: NDArray[np.float32], data: st.DataObject
+) -> None:
+    faulty = data.draw(
+        hnp.arrays(np.float32, golden.shape, elements=st.floats(-100, 100, width=32))
+    )
+    labels = data.draw(hnp.arrays(np.int64, len(golden), elements=st.integers(0, 9)))
+    outcome = classify(golden, faulty, labels)
+    changed = unpacked(outcome.changed, len(golden))
+    assert (right(golden, labels) ^ changed).tolist() == (top1(faulty) == labels).tolist()
+    assert (right(golden, labels) ^ changed).sum() == outcome.correct
+
+
+def test_an_image_of_several_versions_changes_with_the_first_that_falls() -> None:
+    labels = np.tile(np.array([1, 1, 0]), 2)  # two versions of three images
+    golden = np.array([[0, 1], [0, 1], [0, 1]] * 2, np.float32)
+    faulty = golden.copy()
+    faulty[4] = [1, 0]  # the second version of image 1
+    outcome = classify(golden, faulty, labels, versions=2)
+    assert unpacked(outcome.changed, 3).tolist() == [False, True, False]
+    assert right(faulty, labels, 2).tolist() == [True, False, False]
+
+
+@given(hnp.arrays(np.bool_, st.integers(0, 300)))
+def test_flags_are_packed_in_few_bytes(flags: NDArray[np.bool_]) -> None:
+    content = packed(flags)
+    assert unpacked(content, flags.size).tolist() == flags.tolist()
+    assert (
+        len(content) == -(-(int(np.flatnonzero(flags)[-1]) + 1) // 8)
+        if flags.any()
+        else not content
+    )
+
+
+def test_more_bytes_than_flags_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 bytes for 8 flags"):
+        unpacked(b"\x00\x01", 8)
 
 
 def test_negative_zero_is_not_bit_identical() -> None:
