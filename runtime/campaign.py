@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import CampaignError
-from resq_deploy.runtime.figures import CampaignResult, Scores, count_right
+from resq_deploy.runtime.figures import CampaignResult, Scores
 from resq_deploy.runtime.trials import Job, Row, TrialEngine, run_trials
 from resq_deploy.statistics import least_trials
 
@@ -178,7 +178,7 @@ def run_campaign(
     scores = Scores(job, rule.confidence)
     fresh = _run(pool, job, rule, limit, log, scores, reporter or Reporter())
     stopped = rule.reason(scores, limit, job)
-    result = scores.result(job, where or {}, count_right(golden, job), stopped)
+    result = scores.result(job, where or {}, job.right(golden), stopped)
     seconds = time.perf_counter() - start
     return replace(
         result,

@@ -13,8 +13,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from resq_deploy import metrics
+from resq_deploy.errors import CampaignError
 from resq_deploy.faults import FaultSpace
+from resq_deploy.paired import Spread, rare
 from resq_deploy.runtime.trials import Job, Row
 from resq_deploy.statistics import Estimate, Stratum, Tally, stratified
 
@@ -53,6 +57,7 @@ class CampaignResult:
     layers and of bit positions.
     `flips`, `unreachable`: bits over all trials; `missed`: trials of which nothing could be reached;
     `failed`: trials that ended in an `error`, a `crash` or a `hang`. `digest`: of every trial's flips.
+    `right`: trials in which each image was right; `spread`: what the draw of faults adds to a difference of accuracies.
     `seconds` is the time of this call, `images_per_second` its throughput; both are no figures.
     """
 
@@ -80,6 +85,8 @@ class CampaignResult:
     stratified: dict[str, Estimate]
     stopped: str
     digest: str
+    right: tuple[int, ...]
+    spread: Spread
     seconds: float = 0.0
     images_per_second: float = 0.0
     execution: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +114,7 @@ class Scores:
         self.rows = self.flips = self.unreachable = self.missed = 0
         self.failed = {"error": 0, "crash": 0, "hang": 0}
         self._sha = hashlib.sha256()
+        self._changed = np.zeros(self.images, dtype=np.int64)  # trials in which each image did
 
     def add(self, row: Row) -> None:
         """One more trial; trials come in the order of their number."""
@@ -121,6 +129,8 @@ class Scores:
             self.failed[row.status] += 1
         for name, tally in self.all.items():
             tally.add(getattr(row, name))
+        if row.changed:
+            self._changed += _flags(row, self.images)
         if row.layer is not None or row.bit is not None:
             self.cells.setdefault((row.layer, row.bit), Tally(self.images)).add(row.sdc1)
 
@@ -139,9 +149,9 @@ class Scores:
         return self.all[name].estimate(self.confidence)
 
     def result(
-        self, job: Job, where: Mapping[str, Any], golden_correct: int, stopped: str
+        self, job: Job, where: Mapping[str, Any], golden: NDArray[np.bool_], stopped: str
     ) -> CampaignResult:
-        """The figures so far."""
+        """The figures so far; `golden`: which images are right without faults, bool [images]."""
         layers = self._along(job.space, 0)
         bits = self._along(job.space, 1)
         return CampaignResult(
@@ -155,7 +165,7 @@ class Scores:
             unreachable=self.unreachable,
             missed=self.missed,
             failed=dict(self.failed),
-            golden_accuracy=golden_correct / self.images,
+            golden_accuracy=int(golden.sum()) / self.images,
             accuracy=self.estimate("correct"),
             accuracy_quantiles=self.all["correct"].quantiles(QUANTILES),
             masked=self.estimate("masked"),
@@ -169,7 +179,19 @@ class Scores:
             stratified=self._stratified({"layer": layers, "bit": bits}),
             stopped=stopped,
             digest=self._sha.hexdigest(),
+            right=self._right(golden),
+            spread=rare(self.all["correct"]),
         )
+
+    def _right(self, golden: NDArray[np.bool_]) -> tuple[int, ...]:
+        """Trials in which each image was right. Raises CampaignError where rows from outside contradict themselves."""
+        found = np.where(golden, self.trials - self._changed, self._changed)
+        if int(found.sum()) != self.all["correct"].hits:
+            raise CampaignError(
+                "the journal's trials do not agree on which images were right",
+                "it was changed by something else: begin anew with --force",
+            )
+        return tuple(found.tolist())
 
     def _along(self, space: FaultSpace, axis: int) -> dict[str, tuple[int, Tally]]:
         """Locations and trials of each layer (axis 0) or bit position (axis 1); empty where no trial has one."""
@@ -214,6 +236,11 @@ class Scores:
         return found
 
 
-def count_right(golden: np.ndarray[Any, np.dtype[np.float32]], job: Job) -> int:
-    """Images that are right without faults."""
-    return job.compare(golden, golden).correct
+def _flags(row: Row, images: int) -> NDArray[np.bool_]:
+    try:
+        return metrics.unpacked(row.changed, images)
+    except (ValueError, TypeError) as error:
+        raise CampaignError(
+            f"trial {row.trial} of the journal is of other images",
+            "it was changed by something else: begin anew with --force",
+        ) from error

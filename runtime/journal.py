@@ -24,11 +24,12 @@ from resq_deploy.errors import CampaignError
 from resq_deploy.runtime.closing import Closing
 from resq_deploy.runtime.trials import Job, Row, TrialEngine, run_trial
 
-VERSION = 1
+VERSION = 2  # 1 did not keep which images a fault changed
 _COLUMNS = tuple(field.name for field in fields(Row))
 _values = attrgetter(*_COLUMNS)
 _TYPES = {"int": "INTEGER NOT NULL", "str": "TEXT NOT NULL", "Status": "TEXT NOT NULL"}
 _TYPES |= {"str | None": "TEXT", "int | None": "INTEGER", "float": "REAL NOT NULL"}
+_TYPES |= {"bytes": "BLOB NOT NULL"}
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE campaign (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, identity TEXT NOT NULL);
@@ -168,7 +169,8 @@ class Journal(Closing):
         found = self._meta("version")
         if found != VERSION:
             raise CampaignError(
-                f"{self.path} is a journal of version {found!r}, this program reads {VERSION}"
+                f"{self.path} is a journal of version {found!r}, this program reads {VERSION}",
+                "go on with the resq-deploy that wrote it, or begin anew with --force",
             )
 
     def _meta(self, key: str) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from resq_deploy.errors import EngineLost, ExecutionError, ResqError
 from resq_deploy.fault_models import Drawn, FaultModel
 from resq_deploy.faults import FaultSpace, Flips, TensorFlips
-from resq_deploy.metrics import Logits, Outcome, classify
+from resq_deploy.metrics import Logits, Outcome, classify, right
 from resq_deploy.runtime.runner import Images, Runner
 
 Status = Literal["ok", "unreachable", "error", "crash", "hang"]
@@ -88,6 +88,10 @@ class Job:
     def images(self) -> int:
         return int(self.labels.size) // self.versions
 
+    def right(self, logits: Logits) -> NDArray[np.bool_]:
+        """Which images a run is right about, bool [images]."""
+        return right(logits, self.labels, self.versions)
+
     def compare(self, golden: Logits, faulty: Logits) -> Outcome:
         """What a run with faults did to the images."""
         return classify(golden, faulty, self.labels, self.versions)
@@ -99,7 +103,8 @@ class Row:
 
     `flips`: bits that were flipped; `unreachable`: bits that the backend could not flip. `flips_sha`,
     `logits_sha`: 16 hex digits of sha256 of what was drawn and of the faulty logits ("" where none).
-    `layer`, `bit`: where all drawn locations lie, if in one. `seconds`: not a figure.
+    `layer`, `bit`: where all drawn locations lie, if in one. `seconds`: not a figure. `changed`: the images that
+    are right and were wrong without faults, or the other way round, as metrics.packed has them (most trials: b"").
 
     `status`: `ok`; `unreachable` (no bit could be flipped: nothing was run, the trial counts for
     nothing but coverage); `error`, `crash`, `hang`: the run failed, died or took too long (all images DUE).
@@ -120,6 +125,7 @@ class Row:
     due: int = 0
     logits_sha: str = ""
     seconds: float = 0.0
+    changed: bytes = b""
 
 
 def digest(array: NDArray[np.float32]) -> str:
@@ -304,4 +310,5 @@ def _row(
         critical=o.critical,
         due=o.due,
         logits_sha=logits_sha,
+        changed=o.changed,
     )

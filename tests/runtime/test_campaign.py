@@ -14,7 +14,7 @@ from resq_deploy.errors import BackendError, CampaignError, FaultError
 from resq_deploy.fault_lists import FaultList
 from resq_deploy.fault_models import MODELS, parse
 from resq_deploy.faults import Fault, Flips
-from resq_deploy.metrics import Logits, accuracy
+from resq_deploy.metrics import Logits, accuracy, top1
 from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
 from resq_deploy.runtime.double import NumpyRunner
 from resq_deploy.runtime.trials import Job, PlainEngine, Row
@@ -41,12 +41,14 @@ def test_figures_are_those_of_the_trials(text: str) -> None:
     result = run_campaign(Inline(engine()), work, rule=Rule(trials=25))
     golden = RUNNER(SAMPLE.images)
     right, changed, same, flips = [], [], [], 0
+    by_image = np.zeros(32, np.int64)
     for i in range(25):
         drawn = work.model.trial(WEIGHTS, 0, i).flips
         with RUNNER.faults(drawn):
             logits = RUNNER(SAMPLE.images)
         flips += drawn.count
         right.append(accuracy(logits, SAMPLE.labels))
+        by_image += top1(logits) == SAMPLE.labels
         changed.append(np.mean(logits.argmax(axis=1) != golden.argmax(axis=1)))
         same.append(np.mean((logits == golden).all(axis=1)))
     assert result.trials == 25
@@ -57,6 +59,8 @@ def test_figures_are_those_of_the_trials(text: str) -> None:
     assert result.accuracy_quantiles["0"] == min(right)
     assert result.accuracy_quantiles["1"] == max(right)
     assert result.golden_accuracy == accuracy(golden, SAMPLE.labels)
+    assert result.right == tuple(by_image)
+    assert result.spread.variance > 0
     assert result.coverage == 1
     assert result.images_per_second > 0
 

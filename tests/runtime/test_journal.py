@@ -144,6 +144,56 @@ def test_a_version_of_the_future(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Journal.open(tmp_path / "j", IDENTITY, resume=True)
 
 
+def test_a_journal_from_before_rows_kept_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(j, "VERSION", 1)
+        Journal.open(tmp_path / "j", IDENTITY).close()
+    for opens in (lambda p: Journal.open(p, IDENTITY, resume=True), Journal.read):
+        with pytest.raises(CampaignError, match=r"of version 1, .* \(.*begin anew with --force\)"):
+            opens(tmp_path / "j")
+
+
+def test_the_images_that_a_fault_changed_are_kept(tmp_path: Path) -> None:
+    rows = [replace(ROW, trial=i, changed=bytes(range(i))) for i in range(5)]
+    with Journal.open(tmp_path / "j", IDENTITY) as journal:
+        log = journal.campaign("a")
+        log.append(rows)
+        assert list(log.rows()) == rows
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (b"\0\0\1", "trial 1 of the journal is of other images"),
+        ("text", "trial 1 of the journal is of other images"),
+        (b"\xff\xff", "do not agree on which images were right"),
+    ],
+)
+def test_a_row_that_something_else_changed(tmp_path: Path, changed: bytes | str, says: str) -> None:
+    with Journal.open(tmp_path / "j", IDENTITY) as journal:
+        log = journal.campaign("ber")
+        run_campaign(Stops(99), job(), rule=Rule(trials=3), log=log)
+        assert log.row(1).changed != changed
+        journal._db.execute("UPDATE trial SET changed = ? WHERE trial = 1", (changed,))
+        with pytest.raises(CampaignError, match=says):
+            run_campaign(Stops(99), job(), rule=Rule(trials=3), log=log)
+
+
+def test_a_trial_that_changes_no_image_takes_no_room(tmp_path: Path) -> None:
+    """SEU campaigns are made of them: a row costs a byte more, its type, than it did without."""
+    sizes = {}
+    for changed in (b"", b"\x80" * 32):
+        path = tmp_path / f"j{len(changed)}"
+        with Journal.open(path, IDENTITY) as journal:
+            rows = [replace(ROW, trial=i, changed=changed) for i in range(4000)]
+            journal.campaign("a").append(rows)
+        sizes[len(changed)] = path.stat().st_size / 4000
+    assert 28 < sizes[32] - sizes[0] < 40
+    assert sizes[0] < 60
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CampaignError, match="cannot be opened"):
         Journal.open(tmp_path / "no" / "j", IDENTITY)

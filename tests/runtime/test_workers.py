@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from resq_deploy.errors import BackendError, CampaignError
+from resq_deploy.metrics import unpacked
 from resq_deploy.runtime.campaign import Inline, Rule, run_campaign
 from resq_deploy.runtime.machine import cores, room_for
 from resq_deploy.runtime.processes import ProcessPool
@@ -230,3 +231,4 @@ def test_a_failed_row_is_a_row() -> None:
     row = failed_trial(golden, job(), 4, "crash")
     assert isinstance(row, Row)
     assert (row.due, row.correct, row.sdc1, row.status) == (16, 0, 16, "crash")
+    assert unpacked(row.changed, 16).tolist() == job().right(golden).tolist()  # none is right now
