@@ -15,6 +15,7 @@ from resq_deploy import __version__
 from resq_deploy.bundle import INT8, MANIFEST, Bundle, sha256_of
 from resq_deploy.errors import CampaignError
 from resq_deploy.faults import FaultSpace
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Campaign, Cell, Figure, Subject, Vulnerability
 from resq_deploy.runtime.figures import CampaignResult
 from resq_deploy.statistics import Estimate
@@ -76,6 +77,13 @@ def campaign(result: CampaignResult, on: str) -> Campaign:
             "digest": result.digest,
         },
     )
+
+
+def by_image(result: CampaignResult, images: str) -> ByImage | None:
+    """How often each image of a campaign was right, None where no trial counts; `images`: see images.images_key."""
+    if not result.trials:
+        return None
+    return ByImage.of(images, np.array(result.right), result.trials, result.spread)
 
 
 def _rows(found: Iterable[Any]) -> tuple[Vulnerability, ...]:

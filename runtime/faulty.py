@@ -21,8 +21,11 @@ from resq_deploy.fault_models import parse
 from resq_deploy.faults import FaultSpace, Flips
 from resq_deploy.manifest import Attack, FaultyMemory
 from resq_deploy.metrics import Logits, top1
+from resq_deploy.paired import drawn
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Figure, JointAttack
 from resq_deploy.runtime import attacks, crossed, evidence
+from resq_deploy.runtime.images import images_key
 from resq_deploy.runtime.runner import Runner
 from resq_deploy.runtime.trials import PlainEngine, check_golden, is_outcome, reach
 from resq_deploy.statistics import Estimate
@@ -49,7 +52,8 @@ class JointResult:
     """All trials, and the mean shares; intervals count images and trials as drawn (crossed.py).
 
     `flips`: bits that were flipped, over all trials; `unreachable`: bits that the engine could not flip; `failed`:
-    trials in which the engine gave no answer, so that every image counts as wrong.
+    trials in which the engine gave no answer, so that every image counts as wrong. `right`: int64 [images], trials in
+    which each image is right under `aware`.
     """
 
     trials: tuple[JointTrial, ...]
@@ -59,6 +63,7 @@ class JointResult:
     clean: Estimate
     unaware: Estimate
     aware: Estimate
+    right: NDArray[np.int64]
 
 
 def figure_name(spec: Attack) -> str:
@@ -118,6 +123,18 @@ def evaluate(
     reporter: Reporter | None = None,
 ) -> JointAttack:
     """Replay a stored set under its faults. Raises AttackError, BundleError, FaultError."""
+    return replay(runner, bundle, name, confidence=confidence, reporter=reporter)[0]
+
+
+def replay(
+    runner: Runner,
+    bundle: Bundle,
+    name: str,
+    *,
+    confidence: float = 0.95,
+    reporter: Reporter | None = None,
+) -> tuple[JointAttack, ByImage | None]:
+    """What `evaluate` says, and how often each image stood; None for a single draw, which says nothing of others."""
     clean, aware, spec = stored(bundle, name)
     memory = _memory(spec)
     faults = list(draw(memory, runner.space))
@@ -127,7 +144,9 @@ def evaluate(
     )
     shares = {share: Figure(**asdict(getattr(found, share))) for share in ("clean", "aware")}
     known = Figure(**asdict(found.unaware)) if unaware is not None else None
-    return JointAttack(
+    spread = drawn(np.array([trial.aware / trial.images for trial in found.trials]))
+    kept = ByImage.of(images_key(clean), found.right, len(faults), spread) if spread else None
+    attack = JointAttack(
         name=name,
         attack=spec.attack,
         norm=spec.norm,
@@ -144,6 +163,7 @@ def evaluate(
         parameters=dict(spec.parameters),
         **shares,
     )
+    return attack, kept
 
 
 def measure(
@@ -181,12 +201,18 @@ def measure(
     if not done:
         raise AttackError("no faults to attack under", "at least 2 trials")
     hits = np.array(done)  # [trials, 3, images]
+    clean, stood, known_too = (
+        crossed.share(hits[:, i], confidence, sampled_rows=True) for i in range(3)
+    )
     return JointResult(
         tuple(JointTrial(len(sample), *map(int, trial)) for trial in hits.sum(axis=2)),
         flipped,
         lost,
         failed,
-        *(crossed.share(hits[:, i], confidence, sampled_rows=True) for i in range(3)),
+        clean,
+        stood,
+        known_too,
+        hits[:, 2].sum(axis=0),
     )
 
 

@@ -29,6 +29,13 @@ def labelled(bundle: Bundle, spec: str | None) -> Sample:
     return Sample(images, labels, indices)
 
 
+def images_key(sample: Sample) -> str:
+    """sha256 (hex) of places, labels and images: equal keys of two samples say that they are the same images."""
+    sha = hashlib.sha256(np.ascontiguousarray(sample.indices).tobytes())
+    sha.update(sample_digest(sample).encode())
+    return sha.hexdigest()
+
+
 def sample_digest(sample: Sample) -> str:
     """sha256 (hex) of images and labels: what a journal knows its images by."""
     sha = hashlib.sha256(np.ascontiguousarray(sample.images).tobytes())

@@ -19,11 +19,12 @@ from resq_deploy.fault_models import FaultModel, parse
 from resq_deploy.faults import FaultSpace
 from resq_deploy.metrics import top1
 from resq_deploy.report import Report, write_report
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import AttackResult, Campaign, Corruption, Figure, JointAttack
 from resq_deploy.runtime import attacks, corruptions, evidence, faulty, places, sanity
 from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
-from resq_deploy.runtime.images import labelled, sample_digest
+from resq_deploy.runtime.images import images_key, labelled, sample_digest
 from resq_deploy.runtime.journal import Journal
 from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.runner import Runner, check_options, open_runner
@@ -83,10 +84,10 @@ def validate_bundle(
         run.attacks()
         if asked.joint:
             run.aware()
-        run.faults(CLEAN, sample)
+        run.faults(CLEAN, sample, (sample,))
         if asked.joint:
-            for label, moved in run.adversarial.items():
-                run.faults(label, *moved)
+            for label, (clean, moved) in run.adversarial.items():
+                run.faults(label, clean, moved)
         run.corruptions()
         report = run.report(wanted, command)
     if folder is not None:
@@ -138,7 +139,8 @@ class Validation:
     attacked: list[AttackResult] = field(default_factory=list)
     known: list[JointAttack] = field(default_factory=list)
     corrupted: tuple[Corruption, ...] = ()
-    adversarial: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
+    adversarial: dict[str, tuple[Sample, tuple[Sample, ...]]] = field(default_factory=dict)
+    by_image: dict[str, ByImage] = field(default_factory=dict)
 
     @property
     def space(self) -> FaultSpace:
@@ -172,9 +174,10 @@ class Validation:
 
     def golden(self) -> None:
         """Run the whole sample without faults."""
-        right = int((self._run("golden run", self.sample) == self.sample.labels).sum())
-        share = wilson(right, len(self.sample), self.settings.confidence)
+        right = self._run("golden run", self.sample) == self.sample.labels
+        share = wilson(int(right.sum()), len(self.sample), self.settings.confidence)
         self.figures["accuracy"] = evidence.figure(share)
+        self.by_image["accuracy"] = ByImage.of(images_key(self.sample), right)
 
     def attacks(self) -> None:
         """Replay stored attacks on the artifact, run black boxes, and take the worst case of all."""
@@ -198,28 +201,34 @@ class Validation:
         for attacked in done:
             found, label = attacks.result(attacked, asked.confidence), attacked.label
             self.figures |= {f"robust@{label}": found.robust, f"success@{label}": found.success}
+            self.by_image[f"robust@{label}"] = ByImage.of(
+                images_key(attacked.clean), attacked.robust
+            )
             self.attacked.append(found)
-        self.adversarial = over
+            self.adversarial[label] = attacked.clean, over[label]
 
     def aware(self) -> None:
         """Replay inputs that were crafted against faulty memory, with the same faults in it."""
         for name in faulty.sets(self.bundle, self.settings.attacks):
-            found = faulty.evaluate(
+            found, each = faulty.replay(
                 self.runner,
                 self.bundle,
                 name,
                 confidence=self.settings.confidence,
                 reporter=self.reporter,
             )
+            figure = faulty.figure_name(self.bundle.manifest.attacks[name])
             self.known.append(found)
-            self.figures[faulty.figure_name(self.bundle.manifest.attacks[name])] = found.aware
+            self.figures[figure] = found.aware
+            if each is not None:
+                self.by_image[figure] = each
 
-    def faults(self, on: str, *versions: Sample) -> None:
-        """Run every fault model's campaign on these images, which stand where all versions of them do."""
+    def faults(self, on: str, clean: Sample, versions: Sequence[Sample]) -> None:
+        """Run every fault model's campaign on versions of these images, which stand where all of theirs do."""
         if not self.models:
             return
         asked, few = self.settings, [self._few(images) for images in versions]
-        whole = stacked(few)
+        whole, key_of_images = stacked(few), images_key(self._few(clean))
         factory = OpenEngine(str(self.bundle.path), asked.backend, whole.images, asked.options)
         # one process holds a GPU; on the CPU it is measured which number is fastest
         workers = self.workers if asked.backend == "ort" else 1
@@ -234,6 +243,8 @@ class Validation:
                 )
                 names = evidence.campaign_names(job.model.name, on)
                 self._keep(evidence.campaign(found, on), names)
+                if each := evidence.by_image(found, key_of_images):
+                    self.by_image[names["accuracy"]] = each
 
     def corruptions(self) -> None:
         """Run the common corruptions that were asked for."""
@@ -269,6 +280,7 @@ class Validation:
             joint=tuple(self.known),
             corruptions=self.corrupted,
             figures=self.figures,
+            by_image=self.by_image,
             requirements=requirements.judge(wanted, self.figures),
             not_covered=(
                 *evidence.not_covered(self.bundle, self.runner.space, self.space, self.runner.info),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from resq_deploy.report.by_image import ByImage
 
 REPORT_VERSION = 1
 
@@ -163,7 +165,7 @@ class Subject(Strict):
 
 
 class Report(Strict):
-    """Everything one `resq-validate` found."""
+    """Everything one `resq-validate` found. `by_image`: by name of figure; empty in reports of earlier versions."""
 
     report_version: Literal[1] = 1
     subject: Subject
@@ -175,10 +177,18 @@ class Report(Strict):
     joint: tuple[JointAttack, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
     figures: dict[str, Figure]
+    by_image: dict[str, ByImage] = {}
     requirements: tuple[Requirement, ...] = ()
     not_covered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Report:
+        for name, each in self.by_image.items():
+            if name not in self.figures or abs(each.mean - self.figures[name].mean) > 1e-9:
+                raise ValueError(f"by_image of {name} is not of this figure")
+        return self
 
     @property
     def met(self) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from resq_deploy import requirements
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import (
     AttackResult,
     Campaign,
@@ -64,6 +67,7 @@ def report(demands: tuple[str, ...] = DEMANDS, **changes: Any) -> Report:
         "joint": (joint(),),
         "corruptions": corruptions(),
         "figures": figures,
+        "by_image": {"accuracy": ByImage.of("d" * 64, np.arange(1000) < 920)},
         "requirements": requirements.judge(requirements.parse_all(demands), figures),
         "not_covered": (
             "3 layers stay in floating point: conv1, fc, layer2.0.shortcut",

@@ -51,14 +51,21 @@ def test_shares_are_what_the_faulty_artifact_answers(bundle: Bundle) -> None:
     assert moved.shape == (2, 12, *clean.images.shape[1:])
     with open_runner(bundle) as runner:
         found = faulty.evaluate(runner, bundle, NAME)
+        again, kept = faulty.replay(runner, bundle, NAME)
         assert spec.faulty is not None
         right, aware, unaware = [], [], []
+        stood = np.zeros(12, np.int64)
         for flips, known in zip(faulty.draw(spec.faulty, runner.space), moved, strict=True):
             with runner.faults(flips):
                 answers = [top1(runner(x)) == clean.labels for x in (clean.images, known, moved[0])]
             right.append(answers[0].mean())
             aware.append((answers[0] & answers[1]).mean())
+            stood += answers[0] & answers[1]
             unaware.append((answers[0] & answers[2]).mean())
+    assert found == again
+    assert kept is not None
+    assert (kept.counts.tolist(), kept.trials) == (stood.tolist(), 2)
+    assert kept.variance == pytest.approx(np.var(aware, ddof=1) / 2)
     assert found.unaware is not None
     assert [found.clean.mean, found.aware.mean, found.unaware.mean] == pytest.approx(
         [np.mean(right), np.mean(aware), np.mean(unaware)]

@@ -42,13 +42,20 @@ def _figures(report: Report) -> bytes:
     for campaign in kept["campaigns"]:
         for name in ("seconds", "images_per_second", "execution"):
             del campaign[name]
-    return json.dumps([kept["figures"], kept["campaigns"], kept["attacks"]]).encode()
+    found = [kept[name] for name in ("figures", "campaigns", "attacks", "by_image")]
+    return json.dumps(found).encode()
 
 
 def test_a_report_holds_every_figure_that_was_announced(bundle: Bundle, tmp_path: Path) -> None:
     report = validate_bundle(bundle, replace(FEW, joint=True), output=tmp_path / "r", workers=1)
     names = figure_names([parse(m) for m in FEW.models], ["noise,eps=255/255"], joint=True)
     assert tuple(report.figures) == names
+    assert set(report.by_image) == {
+        n for n in names if n.startswith(("accuracy", "robust")) and "corruption" not in n
+    }
+    assert all(each.count == 24 for each in report.by_image.values())
+    assert len({each.images for each in report.by_image.values()}) == 1  # before any attack
+    assert report.by_image["accuracy@ber=1e-3"].trials == 4
     assert report.accuracy.mean == 1.0  # labels are what the network said
     assert report.subject.weight_bits == 8 * report.subject.weights
     assert (tmp_path / "r" / "report.html").exists()
