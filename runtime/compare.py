@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import hypot
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from resq_deploy.budget import ATTACKS
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Figure, Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.corruptions import MEAN
-from resq_deploy.statistics import wilson
+from resq_deploy.runtime.differences import Change, change, widened
 
 Threat = Literal["faults", "attacks"]
-Effect = Literal["helps", "hurts", "undecided"]
 Measure = Callable[[Bundle], Report]
 
 _FAULT, _ATTACK, _AWARE = "accuracy@ber=", "robust@", ",aware@"
@@ -39,11 +38,13 @@ class Subject:
     """A bundle and the figures that a validation found. `stages`: of hardening, among I, II, III.
 
     Intervals of `figures` are over images as well as faults: a network is compared with another, not a sample.
+    `by_image`: how often each image was right, of the figures of which the report says so.
     """
 
     name: str
     stages: tuple[str, ...]
     figures: Mapping[str, Figure]
+    by_image: Mapping[str, ByImage] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], measure: Measure | None = None) -> Subject:
@@ -60,27 +61,13 @@ class Subject:
                 f"{path} has no report of this very artifact beside it",
                 f"resq-validate {path} --joint",
             )
-        return cls(_name(Path(path)), stages_of(bundle), _over_images(report))
+        figures = _over_images(report)
+        return cls(_name(Path(path)), stages_of(bundle), figures, report.by_image)
 
     @property
     def label(self) -> str:
         """The stages as people write them: `plain`, `I+II`."""
         return "+".join(self.stages) or "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Difference of one figure between two bundles, with an interval that is a little too wide on the same images."""
-
-    figure: str
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def effect(self) -> Effect:
-        """`helps` or `hurts` where the interval leaves out 0."""
-        return "helps" if self.low > 0 else "hurts" if self.high < 0 else "undecided"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,34 +163,6 @@ def _over_images(report: Report) -> dict[str, Figure]:
     }
 
 
-def widened(figure: Figure, images: int) -> Figure:
-    """A mean over trials whose interval counts the images as drawn too; as it is where nothing was measured.
-
-    Each end moves out to the root of the sum of squares of its distance and of that of Wilson's interval for
-    `images`. An image is right in some trials and wrong in others, which scatters less than right or wrong for
-    good, as Wilson's has it: the interval is a little too wide.
-    """
-    if not figure.n or not images:
-        return figure
-    other = wilson(min(max(figure.mean, 0.0), 1.0) * images, images, figure.confidence)
-    low = figure.mean - hypot(figure.mean - figure.low, other.mean - other.low)
-    high = figure.mean + hypot(figure.high - figure.mean, other.high - other.mean)
-    ends = {"low": max(low, 0.0), "high": min(high, 1.0)}
-    return figure.model_copy(update={**ends, "method": f"{figure.method}, images by Wilson"})
-
-
-def difference(name: str, before: Figure, after: Figure) -> Change:
-    """after - before, by Newcombe's combination of their intervals (1998, method 10).
-
-    It holds for independent samples, whatever made the two intervals; on the same images, where outcomes go
-    together, it is wider than it need be.
-    """
-    gap = after.mean - before.mean
-    low = gap - hypot(after.mean - after.low, before.high - before.mean)
-    high = gap + hypot(after.high - after.mean, before.mean - before.low)
-    return Change(name, gap, max(low, -1.0), min(high, 1.0))
-
-
 def verdict(steps: Iterable[Step]) -> str:
     """What the steps say about RESQ's asymmetry, in a few sentences.
 
@@ -266,11 +225,16 @@ def _step(before: Subject, after: Subject, fault: str, attack: str, both: str | 
         after.name,
         added,
         tuple(against),
-        difference("accuracy", before.figures["accuracy"], after.figures["accuracy"]),
-        difference(fault, before.figures[fault], after.figures[fault]),
-        difference(attack, before.figures[attack], after.figures[attack]),
-        difference(both, before.figures[both], after.figures[both]) if both else None,
+        _change("accuracy", before, after),
+        _change(fault, before, after),
+        _change(attack, before, after),
+        _change(both, before, after) if both else None,
     )
+
+
+def _change(name: str, before: Subject, after: Subject) -> Change:
+    kept = (subject.by_image.get(name) for subject in (before, after))
+    return change(name, before.figures[name], after.figures[name], *kept)
 
 
 _AGAINST: Mapping[Threat, frozenset[str]] = {

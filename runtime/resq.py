@@ -204,7 +204,7 @@ def replay(report: Path, trial: int, campaign: str | None, as_json: bool, **give
     said = console.Reporter(quiet=False)
     found = replay_trial(report, trial, campaign=campaign, reporter=said, **given)
     if as_json:
-        console.print_json({"same": found.same, **asdict(found)})
+        console.print_json(tables.replayed_json(found))
     else:
         show(tables.replayed(campaign or "the only campaign", trial, found))
     return console.OK if found.same else console.REQUIREMENT_NOT_MET

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from resq_deploy.bundle import Bundle
+from resq_deploy.metrics import unpacked
 from resq_deploy.report import words
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime.compare import Change, Comparison, Step, Subject
+from resq_deploy.runtime.compare import Comparison, Step, Subject
 from resq_deploy.runtime.contents import Check, Layer
+from resq_deploy.runtime.differences import Change
 from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
 
@@ -144,6 +147,14 @@ def replayed(name: str, trial: int, found: Replay) -> Iterable[Any]:
         yield Text(f"  {fault}")
 
 
+def replayed_json(found: Replay) -> dict[str, Any]:
+    """A replay as JSON types; of `changed` the images themselves, counted from 0 among those of the campaign."""
+    shown = asdict(found)
+    for row in (shown["before"], shown["now"]):
+        row["changed"] = np.flatnonzero(unpacked(row["changed"], 8 * len(row["changed"]))).tolist()
+    return {"same": found.same, **shown}
+
+
 def compared(found: Comparison) -> Iterable[Any]:
     """The matrix, bundles across, a few at a time; then each step, and the verdict."""
     for start in range(0, len(found.rows), _ACROSS):
@@ -181,19 +192,31 @@ def _step(step: Step) -> Iterable[Text]:
     added = "+".join(step.added) or "no stage"
     meant = f", against {' and '.join(step.against)}" if step.against else ""
     yield Text(f"{step.before} -> {step.after} (adds {added}{meant})", "bold")
-    for threat, change in (
-        ("clean", step.clean),
-        ("faults", step.fault),
-        ("attacks", step.attack),
-        ("both", step.both),
-    ):
-        if change is None:
-            continue
+    every = (("clean", step.clean), ("faults", step.fault), ("attacks", step.attack))
+    changes = dict(every) | ({"both": step.both} if step.both else {})
+    for threat, change in changes.items():
         low, high = (_signed(end) for end in (change.low, change.high))
         yield Text(
             f"  {threat:<8}{_figure(change):<25}{_signed(change.difference):>6} points "
             f"({low} to {high}): {_EFFECTS[change.effect]}"
         )
+    for line in textwrap.wrap(_paired(changes), _WIDTH - 2):
+        yield Text(f"  {line}", "dim")
+
+
+def _paired(changes: Mapping[str, Change]) -> str:
+    """Which differences were taken image by image, on how many images, and why others were not."""
+    on: dict[int, list[str]] = {}
+    why: dict[str, list[str]] = {}
+    for threat, change in changes.items():
+        if change.paired_on:
+            on.setdefault(change.paired_on, []).append(threat)
+        else:
+            why.setdefault(change.unpaired, []).append(threat)
+    counts = [f"{words.count(n)} ({', '.join(each)})" for n, each in on.items()]
+    said = [f"paired on {', '.join(counts)}".replace(" (", " images (", 1)] if on else []
+    reasons = ", ".join(f"{', '.join(each)} ({reason})" for reason, each in why.items())
+    return "; ".join([*said, f"not paired: {reasons}"] if why else said)
 
 
 def _figure(change: Change) -> str:
@@ -201,7 +224,9 @@ def _figure(change: Change) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{share * 100:+.1f}".replace("-", "\u2212")
+    """In points; what is not 0 is not rounded to it, but for less than a thousandth of a point."""
+    text = next((t for n in (1, 2, 3) if float(t := f"{share * 100:+.{n}f}")), "+0.0")
+    return text.replace("-", "\u2212")
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:

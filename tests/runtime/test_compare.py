@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,17 +14,14 @@ from numpy.random import default_rng
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
+from resq_deploy.paired import Spread
+from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Figure
 from resq_deploy.runtime import evidence
-from resq_deploy.runtime.compare import (
-    Change,
-    Subject,
-    compare,
-    difference,
-    pairs,
-    stages_of,
-    widened,
-)
+from resq_deploy.runtime.compare import Subject, compare, pairs, stages_of
+from resq_deploy.runtime.differences import Change, change, difference, widened
+from resq_deploy.runtime.settings import Settings
+from resq_deploy.runtime.validate import validate_bundle
 from resq_deploy.statistics import Tally, wilson
 from tests.bundles import write_bundle
 from tests.report import example
@@ -210,6 +209,87 @@ def test_figures_of_campaigns_count_their_images(
             ("@ber=" in name and "aware" not in name) or "@seu" in name or "@mbu" in name
         )
     assert figures["accuracy@ber=1e-4"].mean == report.figures["accuracy@ber=1e-4"].mean
+
+
+SAME, OTHER = "0" * 64, "1" * 64
+
+
+def kept(right: int, images: int = 1000, key: str = SAME) -> ByImage:
+    return ByImage.of(key, np.arange(images) < right)
+
+
+def with_counts(one: Subject, key: str = SAME) -> Subject:
+    """As if every figure had been measured on a thousand images."""
+    counts = {name: kept(round(f.mean * 1000), key=key) for name, f in one.figures.items()}
+    return replace(one, by_image=counts)
+
+
+def test_the_same_images_are_compared_one_by_one() -> None:
+    rows = [subject("", 0.5, 0.1), subject("I", 0.53, 0.5), subject("I+II", 0.55, 0.52)]
+    apart = compare(rows).steps
+    together = compare([with_counts(row) for row in rows]).steps
+    for step, before in zip(together, apart, strict=True):
+        for now, then in zip((step.fault, step.attack), (before.fault, before.attack), strict=True):
+            assert (now.paired_on, now.unpaired) == (1000, "")
+            assert (then.paired_on, then.unpaired) == (None, "no counts by image")
+            assert now.difference == pytest.approx(then.difference)
+            assert now.high - now.low < then.high - then.low
+    assert (apart[0].fault.effect, together[0].fault.effect) == ("undecided", "helps")
+
+
+def test_a_difference_is_paired_only_where_that_is_sound() -> None:
+    before, after = figure(0.5), figure(0.6)
+    pair = kept(500), kept(600)
+    assert change("x", before, after, *pair).paired_on == 1000
+    sure = after.model_copy(update={"confidence": 0.99})
+    for said, *each in (
+        ("no counts by image", before, after, pair[0], None),
+        ("no counts by image", before, after, None, pair[1]),
+        ("not the same images", before, after, pair[0], kept(600, key=OTHER)),
+        ("not the same confidence", before, sure, *pair),
+    ):
+        found = change("x", *each)
+        assert (found.paired_on, found.unpaired) == (None, said)
+        assert (found.low, found.high) == (
+            difference("x", *each[:2]).low,
+            difference("x", *each[:2]).high,
+        )
+
+
+def test_equal_counts_leave_a_width() -> None:
+    found = change("x", figure(0.9), figure(0.9), kept(900), kept(900))
+    assert found.effect == "undecided"
+    assert 0.002 < found.high - found.low < 0.01
+
+
+def test_campaigns_bring_what_their_faults_add() -> None:
+    counts = np.full(100, 90), np.full(100, 95)
+    widths = []
+    for variance in (0.0, 1e-4, 1e-3):
+        spread = Spread(variance, 99)
+        each = (ByImage.of(SAME, c, 100, spread) for c in counts)
+        found = change("x", figure(0.9), figure(0.95), *each)
+        widths.append(found.high - found.low)
+        assert found.difference == pytest.approx(0.05)
+    assert widths == sorted(widths)
+    assert widths[2] > 2 * widths[0]
+
+
+def test_two_validations_of_the_same_sample_are_paired(tmp_path: Path) -> None:
+    paths = []
+    for name, net in (("a", "resnet"), ("b", "resnet"), ("c", "resnet")):
+        count = 12 if name != "c" else 10
+        made = write_bundle(tmp_path / f"{name}.resq", net, count=count, faulty=True)
+        few = Settings(ber=(1e-2,), faults=(), trials=3, joint=True)
+        validate_bundle(made, few, output=tmp_path / f"{name}.report", workers=1)
+        paths.append(made.path)
+    (step,) = compare([Subject.of(path) for path in paths[:2]]).steps
+    for found in (step.clean, step.fault, step.attack, step.both):
+        assert found is not None
+        assert (found.paired_on, found.difference, found.effect) == (12, 0.0, "undecided")
+        assert found.low < 0 < found.high
+    (step,) = compare([Subject.of(path) for path in paths[1:]]).steps
+    assert (step.clean.paired_on, step.clean.unpaired) == (None, "not the same images")
 
 
 def test_what_was_not_measured_is_not_widened() -> None:

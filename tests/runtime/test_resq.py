@@ -248,9 +248,13 @@ def test_compare(resq: Any, tmp_path: Path) -> None:
     assert "BER 1e-2                   +5.0 points" in ran.out
     assert "both    pgd 8/255, known BER 1e-2" in ran.out
     assert "pgd 8/255, known BER 1e-2" in " ".join(ran.out.split())
+    said = "paired on 1,000 images (clean); not paired: faults, attacks, both (no counts by image)"
+    assert said in " ".join(ran.out.split())
     found = json.loads(resq("compare", *paths, "--json").out)
     assert [b["name"] for b in found["bundles"]] == [p.stem for p in paths]
     assert len(found["steps"]) == 4
+    assert [found["steps"][0][k]["paired_on"] for k in ("clean", "fault")] == [1000, None]
+    assert found["steps"][0]["fault"]["unpaired"] == "no counts by image"
     lone = write_bundle(tmp_path / "lone.resq").path
     assert resq("compare", paths[0], lone).status == 2
     assert resq("compare", paths[0]).status == 2
@@ -267,7 +271,10 @@ def test_replay(resq: Any, tmp_path: Path) -> None:
     assert ran.status == 0
     assert "the same bits and bit-identical logits" in ran.out
     assert " bit " in ran.out
-    assert json.loads(resq("replay", tmp_path / "r", "--trial", "1", "--json").out)["same"]
+    found = json.loads(resq("replay", tmp_path / "r", "--trial", "1", "--json").out)
+    assert found["same"]
+    assert found["before"]["changed"] == found["now"]["changed"]
+    assert all(0 <= image < 4 for image in found["now"]["changed"])
     gone = resq("replay", tmp_path / "r", "--trial", "3", "--campaign", "seu")
     assert gone.status == 2
     assert "no trial 3" in gone.err
