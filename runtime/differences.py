@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import hypot
 from typing import Literal
 
-from resq_deploy import paired
+from resq_deploy.paired import Spread, interval, together
 from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Figure
 from resq_deploy.statistics import wilson
@@ -50,9 +50,14 @@ def change(
     if before.confidence != after.confidence:
         return difference(name, before, after, unpaired="not the same confidence")
     each = kept_after.shares - kept_before.shares
-    low, high = paired.interval(each, (kept_before.spread, kept_after.spread), before.confidence)
+    low, high = interval(each, _faults(kept_before, kept_after), before.confidence)
     gap = min(max(after.mean - before.mean, low), high)
     return Change(name, gap, low, high, paired_on=each.size)
+
+
+def _faults(before: ByImage, after: ByImage) -> Spread:
+    shares = before.trial_shares, after.trial_shares
+    return together((before.spread, after.spread), shares, (before.trials, after.trials))
 
 
 def difference(name: str, before: Figure, after: Figure, *, unpaired: str = "") -> Change:

@@ -80,10 +80,11 @@ def campaign(result: CampaignResult, on: str) -> Campaign:
 
 
 def by_image(result: CampaignResult, images: str) -> ByImage | None:
-    """How often each image of a campaign was right, None where no trial counts; `images`: see images.images_key."""
-    if not result.trials:
+    """How often each image of a campaign was right, None for fewer than two trials; `images`: images.images_key's."""
+    if result.spread is None:
         return None
-    return ByImage.of(images, np.array(result.right), result.trials, result.spread)
+    right = np.array(result.right)
+    return ByImage.of(images, right, result.trials, result.spread, result.by_trial)
 
 
 def _rows(found: Iterable[Any]) -> tuple[Vulnerability, ...]:

@@ -144,8 +144,10 @@ def replay(
     )
     shares = {share: Figure(**asdict(getattr(found, share))) for share in ("clean", "aware")}
     known = Figure(**asdict(found.unaware)) if unaware is not None else None
-    spread = drawn(np.array([trial.aware / trial.images for trial in found.trials]))
-    kept = ByImage.of(images_key(clean), found.right, len(faults), spread) if spread else None
+    hits = [trial.aware for trial in found.trials]
+    spread = drawn(np.array(hits) / len(clean))
+    key, right = images_key(clean), found.right
+    kept = ByImage.of(key, right, len(faults), spread, hits) if spread else None
     attack = JointAttack(
         name=name,
         attack=spec.attack,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from resq_deploy import metrics
 from resq_deploy.errors import CampaignError
 from resq_deploy.faults import FaultSpace
-from resq_deploy.paired import Spread, rare
+from resq_deploy.paired import KEPT, Spread, rare
 from resq_deploy.runtime.trials import Job, Row
 from resq_deploy.statistics import Estimate, Stratum, Tally, stratified
 
@@ -57,7 +57,8 @@ class CampaignResult:
     layers and of bit positions.
     `flips`, `unreachable`: bits over all trials; `missed`: trials of which nothing could be reached;
     `failed`: trials that ended in an `error`, a `crash` or a `hang`. `digest`: of every trial's flips.
-    `right`: trials in which each image was right; `spread`: what the draw of faults adds to a difference of accuracies.
+    `right`: trials in which each image was right; `by_trial`: images that were right in each of the first trials, empty
+    where some are `missed`; `spread`: of the accuracy by the draw of faults, None for fewer than two trials.
     `seconds` is the time of this call, `images_per_second` its throughput; both are no figures.
     """
 
@@ -86,7 +87,8 @@ class CampaignResult:
     stopped: str
     digest: str
     right: tuple[int, ...]
-    spread: Spread
+    by_trial: tuple[int, ...]
+    spread: Spread | None
     seconds: float = 0.0
     images_per_second: float = 0.0
     execution: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class Scores:
         self.rows = self.flips = self.unreachable = self.missed = 0
         self.failed = {"error": 0, "crash": 0, "hang": 0}
         self._sha = hashlib.sha256()
+        self._first = np.zeros(KEPT, dtype=np.int32)  # images right in each trial
         self._changed = np.zeros(self.images, dtype=np.int64)  # trials in which each image did
 
     def add(self, row: Row) -> None:
@@ -129,6 +132,8 @@ class Scores:
             self.failed[row.status] += 1
         for name, tally in self.all.items():
             tally.add(getattr(row, name))
+        if self.rows <= KEPT:
+            self._first[self.rows - 1] = row.correct
         if row.changed:
             self._changed += _flags(row, self.images)
         if row.layer is not None or row.bit is not None:
@@ -180,6 +185,7 @@ class Scores:
             stopped=stopped,
             digest=self._sha.hexdigest(),
             right=self._right(golden),
+            by_trial=() if self.missed else tuple(self._first[: self.rows].tolist()),
             spread=rare(self.all["correct"]),
         )
 

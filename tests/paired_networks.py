@@ -4,7 +4,8 @@
 
 An image has a margin (normal over images, of which both networks share most), a trial takes from all margins alike,
 and an image is then right with the chance sigmoid(margin - harm); in some trials everything breaks down to one in ten.
-Without faults an image is right where its margin is above 0.
+Without faults an image is right where its margin is above 0. With one seed both networks have the same draws, and what
+harms the one may help the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Network:
-    """Mean margin; spread of what a fault takes; how often everything breaks down."""
+    """Mean margin; spread of what a fault takes, or gives where it is negative; how often everything breaks down."""
 
     margin: float = 3.0
     harm: float = 0.0
@@ -49,6 +50,7 @@ class Case:
     common: float = 2.0
     own: float = 0.5
     known: bool = False  # few draws, as those of attacks that know the faults
+    one_seed: bool = False  # the same draws for both
 
     def truth(self) -> float:
         """The difference over all images and all faults."""
@@ -59,18 +61,21 @@ class Case:
         margins = network.margin + np.hypot(self.common, self.own) * every
         if not self.trials:
             return float((margins > 0).mean())
-        harms = np.abs(network.harm * every[::4])
+        harms = network.harm * np.abs(every[::4])
         right = float(_chance(margins[:, None] - harms).mean())
         return right * (1 - network.collapse) + BROKEN * network.collapse
 
-    def hits(self, network: Network, shared: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
+    def hits(
+        self, network: Network, shared: Floats, rng: np.random.Generator, faults: int
+    ) -> NDArray[np.bool_]:
         """Which images are right in which trial, bool [trials, images]; one row without faults."""
         margins = network.margin + shared + rng.normal(0, self.own, self.images)
         if not self.trials:
             return margins[None] > 0
-        harms = np.abs(rng.normal(0, network.harm, self.trials))
+        draws = np.random.default_rng(faults)
+        harms = network.harm * np.abs(draws.normal(0, 1, self.trials))
         chances = _chance(margins - harms[:, None])
-        chances[rng.random(self.trials) < network.collapse] = BROKEN
+        chances[draws.random(self.trials) < network.collapse] = BROKEN
         return np.asarray(rng.random(chances.shape) < chances)
 
     def kept(self, hits: NDArray[np.bool_]) -> tuple[Figure, ByImage]:
@@ -91,7 +96,8 @@ class Case:
         figure = Figure(**asdict(found))
         if self.trials and not self.known:
             figure = widened(figure, self.images)
-        return figure, ByImage.of(SAME, counts, trials, spread)
+        by_trial = tuple(hits.sum(axis=1).tolist()) if self.trials else ()
+        return figure, ByImage.of(SAME, counts, trials, spread, by_trial)
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,28 @@ CASES = (
     Case("no faults, one better, few images", Network(0.0), Network(0.3), 100, 0),
     Case("faults, equal", PLAIN, PLAIN),
     Case("faults, one bears them better", Network(harm=1.2), PLAIN),
+    Case("one seed, equal", PLAIN, PLAIN, one_seed=True),
+    Case("one seed, one better", Network(harm=1.2), PLAIN, one_seed=True),
+    Case(
+        "one seed, faults help one and harm one",
+        Network(0.0, -1.5),
+        Network(0.0, 1.5),
+        one_seed=True,
+    ),
     Case("3% of faults break one", BROKEN_BY_3, PLAIN),
     Case("1% of faults break one, many images", BROKEN_BY_1, PLAIN, 2000, 213),
     Case("1% of faults break either, many images", BROKEN_BY_1, BROKEN_BY_1, 2000, 213),
     Case("known faults, equal", Network(1.0, 1.0), Network(1.0, 1.0), 128, 8, known=True),
     Case("known faults, one better", Network(1.0, 1.5), Network(1.0, 0.5), 128, 8, known=True),
+    Case(
+        "known faults, one seed, one better",
+        Network(1.0, 1.5),
+        Network(1.0, 0.5),
+        images=128,
+        trials=8,
+        known=True,
+        one_seed=True,
+    ),
 )
 
 
@@ -128,7 +151,10 @@ def simulate(case: Case, times: int, seed: int = 0) -> tuple[Found, Found]:
     seen = np.zeros((2, 3))
     for _ in range(times):
         shared = rng.normal(0, case.common, case.images)
-        before, after = (case.kept(case.hits(n, shared, rng)) for n in (case.before, case.after))
+        first, second = map(int, rng.integers(2**32, size=2))
+        before = case.kept(case.hits(case.before, shared, rng, first))
+        seed_after = first if case.one_seed else second
+        after = case.kept(case.hits(case.after, shared, rng, seed_after))
         for row, found in enumerate(
             (
                 change("x", before[0], after[0], before[1], after[1]),

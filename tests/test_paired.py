@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from resq_deploy.errors import CampaignError
-from resq_deploy.paired import Spread, drawn, interval, rare
+from resq_deploy.paired import Spread, drawn, interval, rare, together
 from resq_deploy.statistics import Tally
 from tests.paired_networks import CASES, Case, Network, simulate
 
+MANY = next(case for case in CASES if case.images == 2000)
 SHARES = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
-SPREADS = st.lists(st.builds(Spread, st.floats(0, 0.1), st.integers(1, 200)), max_size=2)
+SPREADS = st.none() | st.builds(Spread, st.floats(0, 0.1), st.integers(1, 200))
 
 
 def pairs(gained: int, lost: int, images: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -28,7 +29,7 @@ def pairs(gained: int, lost: int, images: int) -> np.ndarray[tuple[int], np.dtyp
 
 @given(SHARES, SPREADS, st.sampled_from([0.5, 0.9, 0.95, 0.999]))
 def test_the_mean_lies_in_its_interval(
-    shares: list[float], faults: list[Spread], confidence: float
+    shares: list[float], faults: Spread | None, confidence: float
 ) -> None:
     each = np.array(shares)
     low, high = interval(each, faults, confidence)
@@ -85,21 +86,64 @@ def test_faults_widen_and_few_draws_widen_more() -> None:
     each = pairs(20, 10, 200)
     widths = [
         np.ptp(interval(each, faults))
-        for faults in ((), (Spread(1e-4, 149),), (Spread(1e-4, 149), Spread(1e-3, 149)))
+        for faults in (None, Spread(0.0, 0), Spread(1e-4, 149), Spread(1e-3, 149))
     ]
     assert widths == sorted(widths)
-    assert np.ptp(interval(each, [Spread(1e-3, 7)])) > np.ptp(interval(each, [Spread(1e-3, 149)]))
+    assert np.ptp(interval(each, Spread(1e-3, 7))) > np.ptp(interval(each, Spread(1e-3, 149)))
 
 
-@given(st.lists(st.integers(0, 16), min_size=1, max_size=60))
-def test_a_campaigns_spread_counts_a_trial_of_either_kind_more(hits: list[int]) -> None:
-    tally = Tally(16)
+HITS = st.lists(st.integers(0, 16), min_size=2, max_size=60)
+
+
+def tally(hits: list[int]) -> Tally:
+    found = Tally(16)
     for k in hits:
-        tally.add(k)
-    more = np.array([*hits, 0, 16]) / 16
-    found = rare(tally)
-    assert found.variance == pytest.approx(more.var(ddof=1) / more.size)
-    assert found.freedom == len(hits) + 1
+        found.add(k)
+    return found
+
+
+@given(HITS)
+def test_a_campaigns_spread_counts_a_trial_of_either_kind_more(hits: list[int]) -> None:
+    shares = np.array(hits) / 16
+    more = np.array([*shares, 0, 1])
+    found = rare(tally(hits))
+    assert found is not None
+    squares = float(((more - shares.mean()) ** 2).sum())
+    assert found.variance == pytest.approx(squares / (len(hits) * (len(hits) - 1)))
+    assert found.variance >= 0.5 / len(hits) ** 2
+    assert rare(tally(hits[:1])) is None
+
+
+@given(HITS, HITS)
+def test_trials_of_one_number_are_taken_together(one: list[int], two: list[int]) -> None:
+    """As many trials of either: the variance is that of the mean of their differences, and what is counted more."""
+    count = min(len(one), len(two))
+    hits = one[:count], two[:count]
+    first, second = (np.array(h) / 16 for h in hits)
+    parts = drawn(first), drawn(second)
+    assert parts[0] is not None
+    assert parts[1] is not None
+    found = together((parts[0], parts[1]), (first, second), (count, count))
+    assert found.variance == pytest.approx((second - first).var(ddof=1) / count)
+    assert found.freedom == count - 1
+    rares = rare(tally(hits[0])), rare(tally(hits[1]))
+    assert rares[0] is not None
+    assert rares[1] is not None
+    assert together((rares[0], rares[1]), (first, second), (count, count)).variance > found.variance
+
+
+def test_trials_that_have_no_number_may_be_against_each_other() -> None:
+    none, some = np.zeros(0), np.linspace(0, 1, 9)
+    spreads = Spread(0.04, 9), Spread(0.01, 20)
+    for shares in ((none, some), (some, none), (some[:1], some)):
+        found = together(spreads, shares, (10, 21))
+        assert found.variance == pytest.approx(0.09)
+        assert found.freedom == 9
+
+
+def test_no_faults_add_nothing() -> None:
+    none = np.zeros(0)
+    assert together((Spread(), Spread()), (none, none), (1, 1)).variance == 0
 
 
 def test_few_draws_are_taken_as_they_are() -> None:
@@ -113,7 +157,7 @@ def test_few_draws_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(("images", "confidence"), [(0, 0.95), (5, 0.0), (5, 1.0)])
 def test_no_interval_of_nothing(images: int, confidence: float) -> None:
     with pytest.raises(CampaignError, match="no interval"):
-        interval(np.zeros(images), (), confidence)
+        interval(np.zeros(images), None, confidence)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
@@ -128,7 +172,9 @@ def test_the_truth_is_held_and_intervals_are_narrower(case: Case) -> None:
 
 
 def test_a_difference_that_two_samples_do_not_show() -> None:
-    shown = {case.what: [f.power for f in simulate(case, 60)] for case in (CASES[1], CASES[4])}
+    shown = {
+        case.what: [f.power for f in simulate(case, 60)] for case in (CASES[1], CASES[4], CASES[6])
+    }
     for now, then in shown.values():
         assert now > 0.7
         assert then < 0.6
@@ -136,8 +182,20 @@ def test_a_difference_that_two_samples_do_not_show() -> None:
 
 def test_harm_that_was_not_drawn_is_not_taken_for_impossible() -> None:
     """With the trials as they are the truth is missed often: in one of three campaigns none breaks the network."""
-    case = replace(CASES[6], before=Network(collapse=0.01), after=Network(), trials=100)
+    case = replace(MANY, before=Network(collapse=0.01), after=Network(), trials=100)
     counted, _ = simulate(case, 100)
     as_they_are, _ = simulate(replace(case, known=True), 100)
     assert counted.held >= 0.95
     assert as_they_are.held < 0.87
+
+
+def test_faults_that_help_one_and_harm_the_other_are_no_independent_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def apart(spreads: tuple[Spread, Spread], _shares: object, _trials: object) -> Spread:
+        return Spread(sum(s.variance for s in spreads), min(s.freedom for s in spreads))
+
+    (case,) = (replace(c, images=2000, own=0.2) for c in CASES if "help one" in c.what)
+    assert simulate(case, 120)[0].held >= 0.93
+    monkeypatch.setattr("resq_deploy.runtime.differences.together", apart)
+    assert simulate(case, 120)[0].held < 0.93

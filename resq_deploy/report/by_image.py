@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resq_deploy.paired import Spread
+from resq_deploy.paired import KEPT, Spread
 
 
 class ByImage(BaseModel):
@@ -17,7 +18,9 @@ class ByImage(BaseModel):
     `images`: sha256 (hex) of the images' places in their sample, of their labels and of their pixels before any attack:
     equal ones are the same images. `right`: base64 of one whole number an image, in as few bytes (little-endian: 1, 2,
     4 or 8) as `trials` takes; of one bit an image, the first the highest, where there is one trial. `variance`: of the
-    figure by the draw of the faults, with `freedom` degrees of freedom; both 0 where none were drawn.
+    figure by the draw of the faults, with `freedom` degrees of freedom; both 0 where none were drawn. `by_trial`:
+    base64 of how many images were right in each of the first 4,096 trials, in as few bytes as `count` takes; empty
+    where no faults were drawn, and where some trials count for nothing, so that the others have lost their numbers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -28,6 +31,7 @@ class ByImage(BaseModel):
     right: str
     variance: float = Field(default=0.0, ge=0.0, le=1.0)
     freedom: int = Field(default=0, ge=0)
+    by_trial: str = ""
 
     @classmethod
     def of(
@@ -36,6 +40,7 @@ class ByImage(BaseModel):
         right: NDArray[np.integer | np.bool_],
         trials: int = 1,
         spread: Spread | None = None,
+        by_trial: Sequence[int] = (),
     ) -> ByImage:
         """From the counts themselves, [images]; `spread` None: no faults were drawn."""
         by_faults = spread or Spread()
@@ -46,6 +51,7 @@ class ByImage(BaseModel):
             right=_encoded(right, trials),
             variance=by_faults.variance,
             freedom=by_faults.freedom,
+            by_trial=_text(np.array(by_trial[:KEPT]).astype(_type(right.size))),
         )
 
     @property
@@ -57,6 +63,11 @@ class ByImage(BaseModel):
     def shares(self) -> NDArray[np.float64]:
         """Share of the trials in which each image was right, float64 [count]."""
         return self.counts / self.trials
+
+    @property
+    def trial_shares(self) -> NDArray[np.float64]:
+        """Share of the images that were right in each trial that is kept one by one, float64."""
+        return self._hits / self.count
 
     @property
     def mean(self) -> float:
@@ -75,12 +86,25 @@ class ByImage(BaseModel):
             raise ValueError(f"no counts of {self.count} images in {self.trials} trials")
         if (self.variance > 0) > (self.freedom > 0):
             raise ValueError("a variance of no degrees of freedom")
+        hits = self._hits
+        if hits.size > min(self.trials, KEPT) or (hits > self.count).any():
+            raise ValueError(f"no counts of {self.trials} trials of {self.count} images")
         return self
+
+    @property
+    def _hits(self) -> NDArray[np.int64]:
+        content, kind = base64.b64decode(self.by_trial, validate=True), _type(self.count)
+        if len(content) % kind.itemsize:
+            raise ValueError(f"by_trial ends in the midst of a number of {kind.itemsize} bytes")
+        return np.frombuffer(content, kind).astype(np.int64)
 
 
 def _encoded(counts: NDArray[np.integer | np.bool_], trials: int) -> str:
-    packed = np.packbits(counts > 0) if trials == 1 else counts.astype(_type(trials))
-    return base64.b64encode(packed.tobytes()).decode("ascii")
+    return _text(np.packbits(counts > 0) if trials == 1 else counts.astype(_type(trials)))
+
+
+def _text(numbers: NDArray[np.integer]) -> str:
+    return base64.b64encode(numbers.tobytes()).decode("ascii")
 
 
 def _decoded(text: str, count: int, trials: int) -> NDArray[np.int64]:

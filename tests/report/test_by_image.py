@@ -25,18 +25,22 @@ SAME = "0" * 64
 @given(st.data(), st.sampled_from([1, 2, 255, 256, 70_000, 2**40]))
 def test_counts_come_back(data: st.DataObject, trials: int) -> None:
     counts = np.array(data.draw(st.lists(st.integers(0, trials), min_size=1, max_size=40)))
-    found = ByImage.of(SAME, counts, trials, Spread(0.25, 9))
+    hits = data.draw(st.lists(st.integers(0, counts.size), max_size=min(trials, 30)))
+    found = ByImage.of(SAME, counts, trials, Spread(0.25, 9), hits)
     again = ByImage.model_validate_json(found.model_dump_json())
     assert again.counts.tolist() == counts.tolist()
     assert again.mean == pytest.approx(counts.mean() / trials)
     assert again.shares.tolist() == (counts / trials).tolist()
     assert again.spread == Spread(0.25, 9)
+    assert again.trial_shares.tolist() == [hit / counts.size for hit in hits]
 
 
 def test_it_is_small() -> None:
     rng = np.random.default_rng(0)
     assert len(ByImage.of(SAME, rng.random(10_000) < 0.9).right) < 1_700
     assert len(ByImage.of(SAME, rng.integers(0, 151, 256), 150).right) < 350
+    many = ByImage.of(SAME, np.zeros(10, int), 10**6, Spread(0.1, 5), [7] * 10**4)
+    assert len(many.by_trial) < 5_500
 
 
 def text(*numbers: int) -> str:
@@ -59,6 +63,10 @@ def text(*numbers: int) -> str:
         {"images": "x" * 64},
         {"variance": 0.1, "freedom": 0},
         {"variance": float("nan")},
+        {"by_trial": "no base64!"},
+        {"by_trial": text(1, 4)},  # more than there are images
+        {"by_trial": text(1, 1, 1, 1, 1, 1)},  # of more trials than there were
+        {"count": 300, "right": text(*[1] * 300), "by_trial": text(1, 1, 1)},
         {"colour": "red"},
     ],
 )

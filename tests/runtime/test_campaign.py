@@ -60,6 +60,8 @@ def test_figures_are_those_of_the_trials(text: str) -> None:
     assert result.accuracy_quantiles["1"] == max(right)
     assert result.golden_accuracy == accuracy(golden, SAMPLE.labels)
     assert result.right == tuple(by_image)
+    assert [hits / 32 for hits in result.by_trial] == right
+    assert result.spread is not None
     assert result.spread.variance > 0
     assert result.coverage == 1
     assert result.images_per_second > 0
@@ -189,6 +191,7 @@ def test_what_is_out_of_reach_is_counted_and_not_skipped_in_silence(text: str) -
     assert result.coverage == len(reached) / len(drawn)
     assert result.trials + result.missed == 60
     assert (result.missed > 0) == (text == "seu")
+    assert len(result.by_trial) == (0 if result.missed else 60)  # trials have lost their numbers
     assert result.accuracy.n == result.trials
 
 

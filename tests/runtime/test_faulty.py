@@ -65,6 +65,7 @@ def test_shares_are_what_the_faulty_artifact_answers(bundle: Bundle) -> None:
     assert found == again
     assert kept is not None
     assert (kept.counts.tolist(), kept.trials) == (stood.tolist(), 2)
+    assert kept.trial_shares.tolist() == aware
     assert kept.variance == pytest.approx(np.var(aware, ddof=1) / 2)
     assert found.unaware is not None
     assert [found.clean.mean, found.aware.mean, found.unaware.mean] == pytest.approx(
