@@ -13,7 +13,7 @@ from scipy import stats
 
 from resq_deploy.errors import CampaignError
 from resq_deploy.paired import Spread, drawn, interval, rare, together
-from resq_deploy.statistics import Tally
+from resq_deploy.statistics import Tally, least_trials
 from tests.paired_networks import CASES, Case, Network, simulate
 
 MANY = next(case for case in CASES if case.images == 2000)
@@ -199,3 +199,31 @@ def test_faults_that_help_one_and_harm_the_other_are_no_independent_draws(
     assert simulate(case, 120)[0].held >= 0.93
     monkeypatch.setattr("resq_deploy.runtime.differences.together", apart)
     assert simulate(case, 120)[0].held < 0.93
+
+
+def stopped(rng: np.random.Generator, rate: float, images: int = 256) -> tuple[Tally, list[float]]:
+    """A campaign that ends once its interval is within 0.01; a share `rate` of its faults break the network."""
+    found, shares, look = Tally(images), list[float](), least_trials(0.01)
+    while not shares or found.estimate().margin > 0.01:
+        while len(shares) < look:
+            hits = 26 if rng.random() < rate else int(rng.integers(231, 236))
+            found.add(hits)
+            shares.append(hits / images)
+        look = math.ceil(look * 1.01)
+    return found, shares
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.02])
+def test_campaigns_that_stop_themselves_hold_the_truth(rate: float) -> None:
+    """By the faults alone, as if there were no end of images."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(40):
+        (one, before), (two, after) = stopped(rng, 0.0), stopped(rng, rate)
+        parts = rare(one), rare(two)
+        assert parts[0] is not None
+        assert parts[1] is not None
+        shares = np.array(before), np.array(after)
+        faults = together((parts[0], parts[1]), shares, (len(before), len(after)))
+        low, high = interval(np.full(10**6, two.mean - one.mean), faults)
+        held += low <= -rate * (233 - 26) / 256 <= high
+    assert held >= 36
