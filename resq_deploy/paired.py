@@ -35,9 +35,7 @@ from scipy import stats
 from resq_deploy.errors import CampaignError
 from resq_deploy.statistics import Tally
 
-KEPT = (
-    4096  # trials that are kept one by one, so that what trials have in common is known well enough
-)
+KEPT = 4096  # trials that are kept one by one: enough to know what those of two networks have in common
 Shares: TypeAlias = NDArray[np.float64]
 _T = TypeVar("_T")
 Pair: TypeAlias = tuple[_T, _T]

@@ -82,7 +82,8 @@ class ByImage(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> ByImage:
         counts = self.counts
-        if int(counts.max()) > self.trials or _encoded(counts, self.trials) != self.right:
+        inside = int(counts.min()) >= 0 and int(counts.max()) <= self.trials
+        if not inside or _encoded(counts, self.trials) != self.right:
             raise ValueError(f"no counts of {self.count} images in {self.trials} trials")
         if (self.variance > 0) > (self.freedom > 0):
             raise ValueError("a variance of no degrees of freedom")

@@ -57,6 +57,7 @@ def text(*numbers: int) -> str:
         {"right": text(1, 2, 3) + "\n"},
         {"trials": 1, "right": text(255)},  # bits of images that there are not
         {"trials": 300},
+        {"trials": 2**40, "right": text(*[0] * 23, 128)},  # more than a signed number holds
         {"trials": 0},
         {"count": 0, "right": ""},
         {"count": 2**31, "right": ""},
