@@ -67,7 +67,7 @@ def report(demands: tuple[str, ...] = DEMANDS, **changes: Any) -> Report:
         "joint": (joint(),),
         "corruptions": corruptions(),
         "figures": figures,
-        "by_image": {"accuracy": ByImage.of("d" * 64, np.arange(1000) < 920)},
+        "by_image": {} if "figures" in changes else by_image(),
         "requirements": requirements.judge(requirements.parse_all(demands), figures),
         "not_covered": (
             "3 layers stay in floating point: conv1, fc, layer2.0.shortcut",
@@ -82,6 +82,11 @@ def report(demands: tuple[str, ...] = DEMANDS, **changes: Any) -> Report:
         },
     }
     return Report(**(fields | changes))
+
+
+def by_image() -> dict[str, ByImage]:
+    """The first 920 of 1,000 images are right without faults."""
+    return {"accuracy": ByImage.of("d" * 64, np.arange(1000) < 920)}
 
 
 def subject() -> Subject:
