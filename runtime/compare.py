@@ -163,11 +163,13 @@ def _over_images(report: Report) -> dict[str, Figure]:
     }
 
 
-def verdict(steps: Iterable[Step]) -> str:
+def verdict(steps: Sequence[Step]) -> str:
     """What the steps say about RESQ's asymmetry, in a few sentences.
 
     Steps against both threats at once say nothing, nor do those that lowered what they were meant to raise.
     """
+    if not any(s.added for s in steps):
+        return "No bundle adds a stage of hardening to another's: what they differ by is all that is compared."
     single = [s for s in steps if len(s.against) == 1]
     sound = [s for s in single if not s.failed]
     crossed = [s.attack for s in sound if s.against == ("faults",)]

@@ -88,6 +88,10 @@ class Settings:
             said.append("--eps is of square and hopskipjump, and none was asked for")
         if self.joint and not names and not stored:
             said.append("--joint has no attacks to run faults on")
+        if not self.corruptions and self.severities != SEVERITIES:
+            said.append("--severities is of --corruptions, and none was asked for")
+        if not self.corruptions and self.corruption_samples != IMAGES:
+            said.append("--corruption-samples is of --corruptions, and none was asked for")
         return said
 
     def with_whole_paths(self) -> Settings:

@@ -315,3 +315,10 @@ def test_scalars_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert {"plain/loss", "stage I/consistency", "stage I/robust"} <= set(events.Tags()["scalars"])
+
+
+def test_a_log_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ModelError, match="is not a directory"):
+        harden(tmp_path, log_dir=tmp_path / "taken", stages="1")
+    assert not (tmp_path / "model.pt").exists()

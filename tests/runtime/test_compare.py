@@ -42,6 +42,12 @@ def subject(stages: str, fault: float, attack: float, **more: float) -> Subject:
     return Subject(stages or "plain", names, {k: figure(v) for k, v in figures.items()})
 
 
+def test_two_quantizers_of_one_network_are_compared_without_talk_of_stages() -> None:
+    found = compare([subject("", 0.5, 0.1), subject("", 0.9, 0.1)])
+    assert found.verdict.startswith("No bundle adds a stage of hardening")
+    assert found.steps[0].fault.effect == "helps"
+
+
 def test_the_hardest_common_figures_are_compared() -> None:
     more: Any = {"robust@fgsm,eps=8/255": 0.4, f"{ATTACK}@ber=1e-2": 0.0, "sdc1@seu": 0.1}
     found = compare([subject("", 0.5, 0.1, **more), subject("I", 0.5, 0.5, **more)])

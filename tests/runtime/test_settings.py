@@ -91,3 +91,15 @@ def test_severities(text: str, levels: tuple[int, ...]) -> None:
 def test_severities_that_are_none(text: str) -> None:
     with pytest.raises(DataError, match="severities"):
         s.parse_severities(text)
+
+
+def test_options_that_do_nothing_are_told() -> None:
+    assert s.Settings().idle(["pgd"]) == []
+    assert s.Settings(corruptions=("fog",), severities=(3,), corruption_samples=9).idle([]) == []
+    said = s.Settings(severities=(3,), corruption_samples=9, eps=0.1, joint=True).idle([])
+    assert [text.split()[0] for text in said] == [
+        "--eps",
+        "--joint",
+        "--severities",
+        "--corruption-samples",
+    ]
