@@ -20,7 +20,9 @@ from typing import Literal
 from resq_deploy.budget import ATTACKS
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
+from resq_deploy.report import curves
 from resq_deploy.report.by_image import ByImage
+from resq_deploy.report.charts import Point
 from resq_deploy.report.model import Figure, Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.corruptions import MEAN
@@ -30,6 +32,11 @@ Threat = Literal["faults", "attacks"]
 Measure = Callable[[Bundle], Report]
 
 _FAULT, _ATTACK, _AWARE = "accuracy@ber=", "robust@", ",aware@"
+CAUTION = (
+    "Faults run on the first images of the sample, so their rows can lie above the clean one. "
+    "Intervals are over images and faults. Each bundle is one training: "
+    "two seeds of one recipe can differ by more."
+)
 _STAGES = {"I": {"stage I", "1"}, "II": {"stage II", "2"}}
 
 
@@ -38,13 +45,16 @@ class Subject:
     """A bundle and the figures that a validation found. `stages`: of hardening, among I, II, III.
 
     Intervals of `figures` are over images as well as faults: a network is compared with another, not a sample.
-    `by_image`: how often each image was right, of the figures of which the report says so.
+    `by_image`: how often each image was right, of the figures of which the report says so. `curve`: accuracy at each
+    bit error rate, with the report's own intervals. `sha256`: of the INT8 graph, hex.
     """
 
     name: str
     stages: tuple[str, ...]
     figures: Mapping[str, Figure]
     by_image: Mapping[str, ByImage] = field(default_factory=dict)
+    curve: tuple[Point, ...] = ()
+    sha256: str = ""
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], measure: Measure | None = None) -> Subject:
@@ -61,8 +71,15 @@ class Subject:
                 f"{path} has no report of this very artifact beside it",
                 f"resq-validate {path} --joint",
             )
-        figures = _over_images(report)
-        return cls(_name(Path(path)), stages_of(bundle), figures, report.by_image)
+        lines = {line.name: line.points for line in curves.lines_of(report)}
+        return cls(
+            _name(Path(path)),
+            stages_of(bundle),
+            _over_images(report),
+            report.by_image,
+            lines.get(curves.UNALTERED, ()),
+            report.subject.int8_sha256,
+        )
 
     @property
     def label(self) -> str:

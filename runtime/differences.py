@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import hypot
 from typing import Literal
@@ -12,6 +13,7 @@ from resq_deploy.report.model import Figure
 from resq_deploy.statistics import wilson
 
 Effect = Literal["helps", "hurts", "undecided"]
+EFFECTS: Mapping[Effect, str] = {"helps": "higher", "hurts": "lower", "undecided": "not clear"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,12 @@ def difference(name: str, before: Figure, after: Figure, *, unpaired: str = "") 
     low = gap - hypot(after.mean - after.low, before.high - before.mean)
     high = gap + hypot(after.high - after.mean, before.mean - before.low)
     return Change(name, gap, max(low, -1.0), min(high, 1.0), unpaired=unpaired)
+
+
+def signed(share: float) -> str:
+    """In points; what is not 0 is not rounded to it, but for less than a thousandth of a point."""
+    text = next((t for n in (1, 2, 3) if float(t := f"{share * 100:+.{n}f}")), "+0.0")
+    return text.replace("-", "\u2212")
 
 
 def widened(figure: Figure, images: int) -> Figure:

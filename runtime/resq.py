@@ -215,20 +215,26 @@ def replay(report: Path, trial: int, campaign: str | None, as_json: bool, **give
     epilog="\b\nExample:\n  resq compare plain.resq stage1.resq stage2.resq",
 )
 @click.argument("bundles", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=PATH, help="A page to write: curves and differences, HTML.")
 @JSON
-def compare(bundles: tuple[Path, ...], as_json: bool) -> None:
+def compare(bundles: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Compare the reports of two or more bundles, each with the one before it.
 
     Every bundle needs the report that resq-validate left beside it.
     """
     from resq_deploy.runtime.compare import Subject
     from resq_deploy.runtime.compare import compare as compare_all
+    from resq_deploy.runtime.comparison_page import write_page
 
     found = compare_all([Subject.of(path) for path in bundles])
+    if output is not None:
+        write_page(found, output)
     if as_json:
         console.print_json(tables.comparison_json(found))
     else:
         show(tables.compared(found))
+        if output is not None:
+            click.echo(f"page: {output}")
 
 
 @group.command(

@@ -17,9 +17,9 @@ from resq_deploy.bundle import Bundle
 from resq_deploy.metrics import unpacked
 from resq_deploy.report import words
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime.compare import Comparison, Step, Subject
+from resq_deploy.runtime.compare import CAUTION, Comparison, Step, Subject
 from resq_deploy.runtime.contents import Check, Layer
-from resq_deploy.runtime.differences import Change
+from resq_deploy.runtime.differences import EFFECTS, Change, signed
 from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
 
@@ -27,12 +27,6 @@ _DASH = "\u2013"
 _ACROSS = 5  # bundles beside each other
 _NAME = 10  # characters of a bundle's name
 _WIDTH = 79
-_EFFECTS = {"helps": "higher", "hurts": "lower", "undecided": "not clear"}
-_ONE_TRAINING = (
-    "Faults run on the first images of the sample, so their rows can lie above the clean one. "
-    "Intervals are over images and faults. Each bundle is one training: "
-    "two seeds of one recipe can differ by more."
-)
 
 
 def console() -> Console:
@@ -164,7 +158,7 @@ def compared(found: Comparison) -> Iterable[Any]:
         yield from _step(step)
     yield Text("")
     yield from (Text(line, "bold") for line in textwrap.wrap(found.verdict, _WIDTH))
-    for line in textwrap.wrap(_ONE_TRAINING, _WIDTH):
+    for line in textwrap.wrap(CAUTION, _WIDTH):
         yield Text(line, "dim")
 
 
@@ -195,10 +189,10 @@ def _step(step: Step) -> Iterable[Text]:
     every = (("clean", step.clean), ("faults", step.fault), ("attacks", step.attack))
     changes = dict(every) | ({"both": step.both} if step.both else {})
     for threat, change in changes.items():
-        low, high = (_signed(end) for end in (change.low, change.high))
+        low, high = (signed(end) for end in (change.low, change.high))
         yield Text(
-            f"  {threat:<8}{_figure(change):<25}{_signed(change.difference):>6} points "
-            f"({low} to {high}): {_EFFECTS[change.effect]}"
+            f"  {threat:<8}{_figure(change):<25}{signed(change.difference):>6} points "
+            f"({low} to {high}): {EFFECTS[change.effect]}"
         )
     for line in textwrap.wrap(_paired(changes), _WIDTH - 2):
         yield Text(f"  {line}", "dim")
@@ -221,12 +215,6 @@ def _paired(changes: Mapping[str, Change]) -> str:
 
 def _figure(change: Change) -> str:
     return "" if change.figure == "accuracy" else words.short(change.figure)
-
-
-def _signed(share: float) -> str:
-    """In points; what is not 0 is not rounded to it, but for less than a thousandth of a point."""
-    text = next((t for n in (1, 2, 3) if float(t := f"{share * 100:+.{n}f}")), "+0.0")
-    return text.replace("-", "\u2212")
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def accuracy_chart(series: Sequence[Series], width: int, height: int, ident: str
         height=height,
         role="img",
         aria_labelledby=f"{ident}-title {ident}-desc",
-        class_=f"chart {ident}",
+        class_=f"chart {ident.partition('-')[0]}",
     )
 
 
@@ -148,6 +148,25 @@ def interval_mark(figure: Figure, most: float) -> Safe:
         tag("line", x1=6, x2=width - 6, y1=7, y2=7, class_="grid"),
         tag("line", x1=low, x2=high, y1=7, y2=7, class_="span"),
         tag("circle", cx=mid, cy=7, r=3.5, class_="dot"),
+        viewBox=f"0 0 {width} 14",
+        width=width,
+        height=14,
+        aria_hidden="true",
+        class_="mark-line",
+    )
+
+
+def difference_mark(low: float, mid: float, high: float, most: float) -> Safe:
+    """A dot with its interval on a scale from -`most` to `most`, 0 marked; says the same as the numbers beside it."""
+    width = 160
+    scale = (width / 2 - 6) / (most or 1.0)
+    left, dot, right = (width / 2 + max(min(v, most), -most) * scale for v in (low, mid, high))
+    return tag(
+        "svg",
+        tag("line", x1=6, x2=width - 6, y1=7, y2=7, class_="grid"),
+        tag("line", x1=width / 2, x2=width / 2, y1=1, y2=13, class_="tick"),
+        tag("line", x1=left, x2=right, y1=7, y2=7, class_="span"),
+        tag("circle", cx=dot, cy=7, r=3.5, class_="dot"),
         viewBox=f"0 0 {width} 14",
         width=width,
         height=14,

@@ -11,12 +11,13 @@ from resq_deploy.report.markup import Safe, tag
 from resq_deploy.report.model import Campaign, Figure, Report
 
 GOLDEN = "golden run"
+UNALTERED = "unaltered images"
 _LINES = 4  # in the chart, which has as many markers; the table has all
 
 
 def accuracy_against_ber(report: Report) -> Safe:
     """The chart for each line that has at least one bit error rate, and its table."""
-    lines = _series(report)
+    lines = lines_of(report)
     if not lines:
         return Safe("")
     drawn = _strongest(lines)
@@ -59,7 +60,8 @@ def accuracy_against_ber(report: Report) -> Safe:
     )
 
 
-def _series(report: Report) -> list[Series]:
+def lines_of(report: Report) -> list[Series]:
+    """A line for unaltered images, if any rate was measured on them, and for those of each attack."""
     bases: dict[str, Figure] = {"clean": report.accuracy}
     bases |= {words.attack_name(a): a.robust for a in report.attacks}
     lines = []
@@ -72,7 +74,7 @@ def _series(report: Report) -> list[Series]:
         if start := _without_faults(swept, bases.get(on)):
             points.append(Point(0.0, start))
         if points:
-            name = "unaltered images" if on == "clean" else f"under {on}"
+            name = UNALTERED if on == "clean" else f"under {on}"
             lines.append(Series(name, tuple(sorted(points, key=lambda p: p.rate))))
     return lines
 

@@ -47,7 +47,7 @@ def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in faces(report).items():
-            _put(folder / name, content)
+            put(folder / name, content)
     except OSError as error:
         raise ReportError(
             f"cannot write the report to {folder}: {error.strerror}", "choose another -o"
@@ -233,7 +233,8 @@ def _csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _put(path: Path, content: str) -> None:
+def put(path: Path, content: str) -> None:
+    """Write a text file in one step."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(content, encoding="utf-8", newline="\n", errors="replace")
     os.replace(part, path)
