@@ -30,7 +30,7 @@ _PACKAGES = frozenset(
 
 LEAST_AGREEMENT = 0.97  # of INT8 with FP32, below which an export says so
 MOST_LOST = 0.02  # of accuracy
-GUESS = 2.0  # times as often right as chance would be
+GUESS = 0.1  # of the way from chance to always right
 _REFERENCES: Mapping[Reference, str] = {
     "fp32": "FP32",
     "dequantized": "its own weights in float arithmetic",
@@ -54,7 +54,8 @@ def compare(
 
 def guesses(metrics: Metrics, classes: int) -> str | None:
     """What to say where the network itself answers hardly better than chance on the held-out images; else None."""
-    if metrics.fp32_accuracy >= min(GUESS / classes, 0.5):
+    chance = 1 / classes
+    if metrics.fp32_accuracy >= chance + GUESS * (1 - chance):
         return None
     return (
         f"the network is right on {metrics.fp32_accuracy:.1%} of the held-out images, of {classes} classes:"

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resq_deploy.export import footprint, graph, joint, pipeline
+from resq_deploy.export import footprint, graph, joint, pipeline, writing
 from resq_deploy.export.craft import craft
 from tests.export import nets
 from tests.helpers import checkpoint, dataset
@@ -89,7 +89,7 @@ def test_attacks_are_crafted_on_no_more_at_once(
         sizes.append(options["batch"])
         return craft(*given, **options)
 
-    for module in (pipeline, joint):
+    for module in (pipeline, writing, joint):
         monkeypatch.setattr(module, "craft", noted)
     monkeypatch.setattr(footprint, "GRADIENT_BYTES", 2**20)
     checkpoint().save(tmp_path / "m.pt")
