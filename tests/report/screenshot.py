@@ -1,4 +1,4 @@
-"""The picture of a report for README and docs: `python -m tests.report.screenshot FOLDER docs/images/report.png`."""
+"""Pictures of pages for README and docs: `python -m tests.report.screenshot FOLDER docs/images/report.png`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def shoot(page: Path, target: Path, width: int = 1100, height: int = 1180) -> in
 def main() -> int:
     """Parse, shoot, print the size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="folder with report.html")
+    parser.add_argument("page", type=Path, help="an HTML file, or a folder with report.html")
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--height", type=int, default=1180)
     given = parser.parse_args()
-    size = shoot(given.report / "report.html", given.picture)
+    page = given.page / "report.html" if given.page.is_dir() else given.page
+    size = shoot(page, given.picture, height=given.height)
     print(f"{given.picture}: {size:,} bytes")
     return int(size > LARGEST)
 
