@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from resq_deploy.report.charts import Point, Series, accuracy_chart, heat_class
 from resq_deploy.report.markup import Safe, tag
 from resq_deploy.report.model import Report
 from tests.report import example
-from tests.report.browser import Browser, browser
+from tests.report.browser import Browser
 from tests.report.screenshot import LARGEST, shoot
 
 LOOKS = {
@@ -24,12 +23,6 @@ LOOKS = {
     "phone, dark": {"width": 390, "scheme": "dark", "media": ""},
     "paper": {"width": 794, "scheme": "dark", "media": "print"},
 }
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

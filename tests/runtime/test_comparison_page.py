@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
 from tests.bundles import write_bundle
 from tests.report import example
-from tests.report.browser import Browser, browser
+from tests.report.browser import Browser
 from tests.report.test_page import LOOKS, References
 
 
@@ -40,12 +39,6 @@ def subject(name: str, lost: float = 0.0) -> Subject:
 
 
 FOUND = compare([subject("ours"), subject("theirs <b>", 0.2)])
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
