@@ -4,7 +4,8 @@
     python benchmarks/export.py --arch resnet8 --quick           a few minutes
 
 On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage III; onnxruntime's
-quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ. A checkpoint is taken from
+quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ; ModelOpt's, where nvidia-modelopt[onnx]
+is installed. A checkpoint is taken from
 --checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
 missing is trained, and kept there. Finished parts (accuracy, flips, attacks, other quantizers' files
 under flips) of each network are kept too, as long as they are about the same graphs, so an interrupted
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export_material import Setup, material
 from export_page import above_peers, page, spread
-from export_parts import OTHERS, PARTS, Graphs, needs
+from export_parts import OTHERS, PARTS, Graphs, needs, wanted
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
 PGD = {"FP32": "pgd_fp32", "plain": "pgd_int8_plain", "int8": "pgd_int8"}
@@ -87,7 +88,8 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
             for part in PARTS
             if before.get(part, {}).get("setup") == needs(part, setup)
         }
-    if len(found) < len(PARTS):
+    missing = [part for part in wanted() if part not in found]
+    if missing:
         graphs = Graphs(material(checkpoint(arch, folder, setup), setup), setup)
         whole = all(part in found for part in PARTS if part not in OTHERS)
         found = {
@@ -95,7 +97,7 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
             for part, old in found.items()
             if (whole and part not in OTHERS) or old["graph"] == graph_of(part, graphs)
         }
-    for part in [part for part in PARTS if part not in found]:
+    for part in [part for part in wanted() if part not in found]:
         start = time.perf_counter()
         figures = PARTS[part](graphs)
         print(f"{arch}: {part} measured in {time.perf_counter() - start:.0f} s", flush=True)
@@ -107,9 +109,9 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
             "figures": figures,
         }
         path.write_text(json.dumps(found, indent=1))
-    when = {"measured": list(dict.fromkeys(found[part]["measured"] for part in PARTS))}
+    when = {"measured": list(dict.fromkeys(found[part]["measured"] for part in found))}
     merged = when | {
-        name: value for part in PARTS for name, value in found[part]["figures"].items()
+        name: value for part in found.values() for name, value in part["figures"].items()
     }
     show(arch, merged)
     return merged
@@ -181,7 +183,11 @@ def show(arch: str, f: dict[str, Any]) -> None:
         print(f"  {name} at {ber:g}: {spread(gained, 2)} points over plain")
     for name, ber, *share in f["recovered"]:
         print(f"  {name} at {ber:g}: {spread(share, 0)}% of the loss recovered")
-    for name, ber, *share in f["peer_flips"]:
+    if "modelopt" in f:
+        print(
+            f"  ModelOpt: {100 * f['modelopt']:.2f}, agreement {100 * f['modelopt_agreement']:.2f}"
+        )
+    for name, ber, *share in (*f["peer_flips"], *f.get("modelopt_flips", ())):
         print(
             f"  {name} at {ber:g}: {spread(share, 2)}%; ours above: {spread(above_peers(f)[name, ber], 2)}"
         )

@@ -41,6 +41,7 @@ def page(found: Mapping[str, Figures], speed: Figures, setup: Setup, machine: st
         "| | above FP32 | above quantize_static | above NNCF |",
         "| --- " * 4 + "|",
         *ahead_rows(found),
+        *modelopt_lines(found),
         "",
         "## Under attack",
         "",
@@ -144,17 +145,18 @@ def peer_lines(found: Mapping[str, Figures]) -> list[str]:
     """How files of others bear the same rates, and what ours with stage III is above them."""
     head = "| | file | BER 1e-3 | 3e-3 | 1e-2 | design above it: 1e-3 | 3e-3 | 1e-2 |"
     lines = [
-        "What `quantize_static` (the better of its two) and NNCF wrote, taken in as it is (`resq-export FILE.onnx`):",
-        "the same images, rates and numbers of trials. Each file has faults of its own, so the interval of a",
-        "difference is the root of the sum of squares of both.",
+        "What `quantize_static` (the better of its two), NNCF and ModelOpt wrote, taken in as it is (`resq-export",
+        "FILE.onnx`): the same images, rates and numbers of trials. Each file has faults of its own, so the interval",
+        "of a difference is the root of the sum of squares of both. Faults are in INT8 weights; ModelOpt leaves the",
+        "classifier of a convolutional network in float, and it is not hit here.",
         "",
         head,
         "| --- " * 8 + "|",
     ]
     for arch, f in found.items():
-        above = above_peers(f)
-        for name in dict.fromkeys(name for name, *_ in f["peer_flips"]):
-            cells = {ber: v for n, ber, *v in f["peer_flips"] if n == name}
+        above, flips = above_peers(f), peer_flips(f)
+        for name in dict.fromkeys(name for name, *_ in flips):
+            cells = {ber: v for n, ber, *v in flips if n == name}
             shown = [
                 f"{percent(m)} [{percent(low)}, {percent(high)}]" for m, low, high in cells.values()
             ]
@@ -163,12 +165,37 @@ def peer_lines(found: Mapping[str, Figures]) -> list[str]:
     return lines
 
 
+def peer_flips(f: Figures) -> list[tuple[str, float, float, float, float]]:
+    """(file, BER, mean, low, high) of all that was measured of others."""
+    return [*f["peer_flips"], *f.get("modelopt_flips", ())]
+
+
+def modelopt_lines(found: Mapping[str, Figures]) -> list[str]:
+    """Accuracy of ModelOpt's files, of the networks that were measured."""
+    rows = {arch: f for arch, f in found.items() if "modelopt" in f}
+    if not rows:
+        return []
+    versions = ", ".join(dict.fromkeys(f["modelopt_version"] for f in rows.values()))
+    return [
+        "",
+        f"ModelOpt {versions} on the same calibration images, its defaults, what stays float in float32:",
+        "",
+        "| | ModelOpt | agreement with FP32 | above FP32 | design above FP32 |",
+        "| --- " * 5 + "|",
+        *(
+            f"| {arch} | {percent(f['modelopt'])} | {percent(f['modelopt_agreement'])}"
+            f" | {spread(f['modelopt_ahead_of_fp32'], 2)} | {spread(f['ahead_of']['fp32'], 2)} |"
+            for arch, f in rows.items()
+        ),
+    ]
+
+
 def above_peers(f: Figures) -> dict[tuple[str, float], tuple[float, float, float]]:
     """(file, BER) -> how far ours, of the first design BER, is above it: mean, low and high."""
     name = next(name for name, *_ in f["flips"] if name != "plain")
     mine = {ber: (mean, high - mean) for n, ber, mean, _, high in f["flips"] if n == name}
     found = {}
-    for peer, ber, mean, _, high in f["peer_flips"]:
+    for peer, ber, mean, _, high in peer_flips(f):
         gap, half = mine[ber][0] - mean, math.hypot(mine[ber][1], high - mean)
         found[peer, ber] = gap, gap - half, gap + half
     return found

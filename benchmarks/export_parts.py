@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -78,7 +79,13 @@ def digest(models: Iterable[onnx.ModelProto]) -> str:
 def needs(part: str, setup: Setup) -> dict[str, Any]:
     """What of the setup the figures of a part depend on, as JSON reads it back."""
     flips = ("faulty", "trials", "rare")
-    own = {"accuracy": (), "flips": flips, "attacks": ("attacked",), "peers": flips}
+    own = {
+        "accuracy": (),
+        "flips": flips,
+        "attacks": ("attacked",),
+        "peers": flips,
+        "modelopt": flips,
+    }
     every = ("calibration", "test", "threads", "epochs", "seed", "data")
     ours = () if part in OTHERS else ("design",)
     given = asdict(setup)
@@ -183,13 +190,44 @@ def peers_under_flips(graphs: Graphs) -> dict[str, Any]:
     }
 
 
+def modelopt(graphs: Graphs) -> dict[str, Any]:
+    """ModelOpt's file: accuracy, agreement with FP32, accuracy under flips."""
+    from importlib.metadata import version
+
+    import export_peers as peers
+
+    from resq_deploy.export.qdq_file import canonical
+    from resq_deploy.metrics import accuracy, agreement
+
+    m, setup = graphs.m, graphs.setup
+    made = peers.modelopt_ptq(m.fp32, m.calibration)
+    exact, logits = (run(model, m.test, setup) for model in (m.fp32, made))
+    trials = flipped({"modelopt": canonical(made)}, m, setup)
+    return {
+        "modelopt_version": version("nvidia-modelopt"),
+        "modelopt": accuracy(logits, m.labels),
+        "modelopt_agreement": agreement(exact, logits),
+        "modelopt_ahead_of_fp32": ahead(logits, exact, m.labels),
+        "modelopt_flips": [
+            [name, ber, *interval(shares)] for (name, ber), shares in trials.items()
+        ],
+    }
+
+
 PARTS = {
     "accuracy": accuracies,
     "flips": under_flips,
     "attacks": under_attack,
     "peers": peers_under_flips,
+    "modelopt": modelopt,
 }
-OTHERS = frozenset({"peers"})  # parts without a graph of ours
+OTHERS = frozenset({"peers", "modelopt"})  # parts without a graph of ours
+
+
+def wanted() -> list[str]:
+    """The parts that can be measured here: ModelOpt's only where it is installed."""
+    there = importlib.util.find_spec("modelopt") is not None
+    return [part for part in PARTS if part != "modelopt" or there]
 
 
 def run(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np.float32]:

@@ -74,6 +74,25 @@ def nncf_ptq(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
     return made
 
 
+def modelopt_ptq(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
+    """modelopt.onnx.quantization.quantize with its defaults on the CPU, what stays float in float32 as in ours."""
+    from modelopt.onnx.quantization import quantize
+
+    name = fp32.graph.input[0].name
+    with tempfile.TemporaryDirectory() as folder:
+        plain, made = (str(Path(folder) / f"{n}.onnx") for n in ("plain", "made"))
+        onnx.save(fp32, plain)
+        quantize(
+            plain,
+            calibration_data={name: images},
+            calibration_eps=["cpu"],
+            high_precision_dtype="fp32",
+            output_path=made,
+            log_level="CRITICAL",
+        )
+        return onnx.load(made)
+
+
 def openvino(path: Path, threads: int) -> Run:
     """The file in OpenVINO on this many threads: images -> outputs."""
     import openvino as ov
