@@ -189,7 +189,7 @@ def show(arch: str, f: dict[str, Any]) -> None:
         )
     for name, ber, *share in (*f["peer_flips"], *f.get("modelopt_flips", ())):
         print(
-            f"  {name} at {ber:g}: {spread(share, 2)}%; ours above: {spread(above_peers(f)[name, ber], 2)}"
+            f"  {name} at {ber:g}: {100 * share[0]:.2f}%; ours above: {spread(above_peers(f)[name, ber], 2)}"
         )
     print(f"  (FP32 on these images: {100 * f['fp32_of_flipped']:.2f})")
     print(flush=True)

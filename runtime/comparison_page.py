@@ -48,18 +48,21 @@ def render(found: Comparison) -> str:
 
 
 def _verdict(found: Comparison) -> Safe:
-    said = [f"{name}: {text}" for name, text in _told(found)]
+    said = list(_told(found))
+    all_of = sum(len(_each(step)) for step in found.steps)
+    clear = f"{len(said)} of {all_of} differences are clear"
     return tag(
         "section",
-        tag("p", found.verdict, class_="verdict"),
+        tag("p", clear if said else "No difference is clear", class_="verdict"),
         tag("ul", [tag("li", line) for line in said], class_="findings") if said else "",
+        tag("p", found.verdict),
         tag("p", CAUTION, class_="note"),
         class_="first",
         aria_label="Verdict",
     )
 
 
-def _told(found: Comparison) -> Iterator[tuple[str, str]]:
+def _told(found: Comparison) -> Iterator[str]:
     """Every difference that is clear, in words."""
     for step in found.steps:
         clear = [c for c in _each(step).values() if c.effect != "undecided"]
@@ -67,7 +70,7 @@ def _told(found: Comparison) -> Iterator[tuple[str, str]]:
             ends = f"{signed(c.low)} to {signed(c.high)}"
             size = signed(abs(c.difference)).lstrip("+")
             said = f"{words.short(c.figure)} is {size} points {EFFECTS[c.effect]} ({ends})"
-            yield f"{step.before} \u2192 {step.after}", said
+            yield f"{step.before} \u2192 {step.after}: {said}"
 
 
 def _curves(found: Comparison) -> Safe:

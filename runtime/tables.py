@@ -25,7 +25,7 @@ from resq_deploy.runtime.plan import PlanMap
 
 _DASH = "\u2013"
 _ACROSS = 5  # bundles beside each other
-_NAME = 10  # characters of a bundle's name
+_NAMES = 53  # characters for their names, side by side
 _WIDTH = 79
 
 
@@ -166,8 +166,9 @@ def _matrix(found: Comparison, part: Sequence[Subject]) -> Table:
     """A row for each figure: the mean, and its interval below it."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     drawn.add_column("", overflow="fold", max_width=25)
+    most = _NAMES // len(part) - 1
     for subject in part:
-        drawn.add_column(Text(subject.name[-_NAME:]), justify="right", no_wrap=True)
+        drawn.add_column(Text(subject.name[-most:]), justify="right", no_wrap=True)
     drawn.add_row("stages", *(s.label for s in part), end_section=True)
     for name in found.columns:
         cells = [_ends(s.figures[name]) if name in s.figures else Text(_DASH) for s in part]
