@@ -17,19 +17,22 @@ _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _CODES: Mapping[int, Kind] = {
     onnx.TensorProto.INT8: "weights",
     onnx.TensorProto.UINT8: "weights",
+    onnx.TensorProto.INT16: "weights",
+    onnx.TensorProto.UINT16: "weights",
     onnx.TensorProto.INT32: "bias",
 }
 _FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 _PASSED_BY = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Unsqueeze"})
+_SHAPED = frozenset({"Resize", "Upsample"})  # their scales only say how large a tensor becomes
 _BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}  # op -> which input is the bias
 
 
 def fault_space(model: onnx.ModelProto | str | os.PathLike[str]) -> FaultSpace:
     """Every parameter of a QDQ INT8 graph as a FaultSpace, in graph order.
 
-    Codes of 8 bits behind a DequantizeLinear are `weights`, of 32 bits `bias`; scales and zero points of Q/DQ are
+    Codes of 8 or 16 bits behind a DequantizeLinear are `weights`, of 32 bits `bias`; scales and zero points of Q/DQ are
     `scales` and `zero-points`; the bias of Conv or Gemm, and an addend of one value per channel, is `bias`; any
-    other float parameter is `float`. Integer constants that only describe shapes are no weight memory.
+    other float parameter is `float`. Constants that only describe shapes are no weight memory.
     Raises ModelError where the graph has no INT8 weights, IntegrityError for a file that read_onnx refuses.
     """
     proto = model if isinstance(model, onnx.ModelProto) else read_onnx(model)
@@ -61,7 +64,7 @@ def _uses(
             consumers.setdefault(name, []).append(node)
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if name in arrays:
+            if name in arrays and not (position and node.op_type in _SHAPED):
                 yield name, _layer(node, consumers), _kind(node, position, arrays[name])
 
 

@@ -174,7 +174,12 @@ class Forms:
     def operand(self, name: str, nhwc: bool) -> tuple[str, str, str]:
         """A quantized tensor as an integer operator takes it: codes, scale, zero point."""
         q = self.quants[name]
-        return self.codes_of(name, nhwc), q.scale, self.const(q.zero, np.uint8)
+        return self.codes_of(name, nhwc), self.scalar(q.scale), self.const(q.zero, np.uint8)
+
+    def scalar(self, scale: str) -> str:
+        """A scale of one value as integer operators take it: some refuse the shape [1]."""
+        value = self.graph.arrays[scale]
+        return scale if value.ndim == 0 else self.derived(f"{scale}/scalar", value.reshape(()))
 
     def transposed(self, name: str, nhwc: bool) -> str:
         """A rank-4 tensor in the other layout."""
@@ -217,13 +222,19 @@ class Forms:
         return limits is not None or node.op_type in MOVES
 
     def q_fits(self, q: onnx.NodeProto, name: str) -> bool:
-        """Whether a Q is per tensor, 8 bits, constant, and its scale one that fused kernels may use."""
+        """Whether fused kernels may end in a Q: per tensor, 8 bits, constant, of a sane scale, read by DQ only."""
         arrays = self.graph.arrays
         known = len(q.input) == 3 and q.input[1] in arrays and q.input[2] in arrays
-        if not known or q.input[0] != name:
+        if not known or q.domain or q.input[0] != name or not self._is_hidden(q.output[0]):
             return False
         scale, zero = arrays[q.input[1]], arrays[q.input[2]]
         return scale.size == 1 == zero.size and zero.dtype.itemsize == 1 and sane_scale(scale)
+
+    def _is_hidden(self, codes: str) -> bool:
+        """Whether nothing but DequantizeLinear reads codes, so that they may be kept in another form."""
+        readers = self.graph.consumers.get(codes, [])
+        alike = all(n.op_type == "DequantizeLinear" and not n.domain for n in readers)
+        return alike and codes not in self.graph.output_names
 
     def close(
         self, sink: Sink, produce: Produce, rank: int | None, shift: int | None = None
@@ -238,7 +249,7 @@ class Forms:
         low, high = self._clamp(sink, scale, z, signed)
         if shift is None:
             shift = 128 if signed and (low < 0 or z < 0) else 0
-        name, nhwc = produce(scale, z + shift)
+        name, nhwc = produce(self.scalar(scale), z + shift)
         if low + shift > 0:
             name = self.emit("Max", [name, self.const(low + shift, np.uint8)])
         if high + shift < 255:

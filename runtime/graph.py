@@ -42,6 +42,7 @@ class Graph:
                 arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             else:
                 nodes.append(node)
+        _add_zero_points(nodes, arrays)
         for array in arrays.values():
             array.flags.writeable = False
         inputs = tuple(i for i in model.graph.input if i.name not in arrays)
@@ -84,6 +85,48 @@ class Graph:
         """Number of dimensions, where known."""
         shape = self.shapes.get(name)
         return None if shape is None else len(shape)
+
+
+def has_zero_points(model: onnx.ModelProto) -> bool:
+    """Whether every Q/DQ names its zero point: ONNX Runtime's own fusions take one that is left out for unsigned."""
+    return all(
+        len(node.input) > 2 and node.input[2]
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    )
+
+
+def _add_zero_points(nodes: list[onnx.NodeProto], arrays: dict[str, NDArray[Any]]) -> None:
+    """Write out, in place, the zero points that Q/DQ leave to the standard: zeros, and no memory of the device."""
+    kinds = {name: array.dtype for name, array in arrays.items()}
+    for i, node in enumerate(nodes):
+        if (
+            node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+            or node.input[1] not in arrays
+        ):
+            continue
+        if node.op_type == "QuantizeLinear":
+            kinds[node.output[0]] = _code_type(node, arrays)
+        kind = (
+            kinds.get(node.input[0])
+            if node.op_type == "DequantizeLinear"
+            else kinds[node.output[0]]
+        )
+        if kind is None or kind.kind not in "iu" or (len(node.input) > 2 and node.input[2]):
+            continue
+        name = f"resq/no_zero_point/{node.output[0]}"
+        arrays[name] = np.zeros(arrays[node.input[1]].shape, kind)
+        nodes[i] = onnx.NodeProto()
+        nodes[i].CopyFrom(node)
+        del nodes[i].input[2:]
+        nodes[i].input.append(name)
+
+
+def _code_type(q: onnx.NodeProto, arrays: Arrays) -> np.dtype[Any]:
+    if len(q.input) > 2 and q.input[2] in arrays:
+        return arrays[q.input[2]].dtype
+    told = attributes(q).get("output_dtype", 0)
+    return helper.tensor_dtype_to_np_dtype(told or onnx.TensorProto.UINT8)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

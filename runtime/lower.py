@@ -138,7 +138,7 @@ class _Lowering(Products):
             return True
         if source not in arrays or zero.any() or arrays[scale].ndim > 1:
             return False
-        if arrays[source].dtype == np.int8:
+        if arrays[source].dtype == np.int8 and arrays[source].ndim:
             self.weights[node.output[0]] = Weight(source, scale, axis % arrays[source].ndim)
             return True
         return self._constant_bias(node)

@@ -30,7 +30,7 @@ from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.onnx_file import read_onnx
 from resq_deploy.runtime.forms import MS, Lowered
-from resq_deploy.runtime.graph import Graph, sane_scale
+from resq_deploy.runtime.graph import Graph, has_zero_points, sane_scale
 from resq_deploy.runtime.lower import lower_graph
 from resq_deploy.runtime.runner import Images, Logits, Runner
 from resq_deploy.runtime.segments import (
@@ -262,12 +262,13 @@ def same_nodes(a: Lowered, b: Lowered) -> bool:
 def _mode(exact: bool, model: onnx.ModelProto) -> str:
     if exact:
         return "plain"
+    stock = "stock" if has_zero_points(model) else "plain"
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "stock"
+        return stock
     if _saturates():
         return "plain"
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
-    return "stock" if half else "lowered"  # the byte kernels know float32 scales only
+    return stock if half else "lowered"  # the byte kernels know float32 scales only
 
 
 @lru_cache(maxsize=1)
@@ -297,7 +298,8 @@ def _image_shape(graph: Graph) -> tuple[int, int, int]:
 def _sign_flips(memory: Memory, count: int) -> Flips:
     size = memory.value.size
     elements = np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
-    return Flips({memory.name: TensorFlips(elements, np.full(elements.size, 128, np.uint8))})
+    masks = np.full(elements.size, 1 << memory.width - 1, f"u{memory.value.dtype.itemsize}")
+    return Flips({memory.name: TensorFlips(elements, masks)})
 
 
 def _checksum(array: NDArray[Any]) -> int:
