@@ -95,16 +95,22 @@ def forget_origin(model: onnx.ModelProto, name: str, opset: int) -> None:
 
     The same weights then give the same bytes wherever they are exported.
     """
-    graph = model.graph
-    for thing in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        thing.doc_string = ""
-        del thing.metadata_props[:]
-    del graph.value_info[:], model.functions[:], graph.quantization_annotation[:]
-    graph.name = name
+    forget_notes(model)
+    del model.functions[:]
+    model.graph.name = name
     model.producer_name, model.producer_version = "resq-deploy", ""
     model.domain, model.model_version = "", 0
     model.ir_version = 8 if opset < 19 else 9 if opset < 21 else 10
     fold.replace(model.opset_import, [helper.make_opsetid("", opset)])
+
+
+def forget_notes(model: onnx.ModelProto) -> None:
+    """Remove, in place, what was only noted beside a graph: exporters write paths and lines of source code there."""
+    graph = model.graph
+    for thing in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        thing.doc_string = ""
+        del thing.metadata_props[:]
+    del graph.value_info[:], graph.quantization_annotation[:]
 
 
 class Unique:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from resq_deploy.errors import ModelError
-from resq_deploy.export import fold, names
+from resq_deploy.export import fold, graph, names
 from resq_deploy.manifest import FloatOp
 from resq_deploy.memory import fault_space
 
@@ -24,6 +24,8 @@ GIVEN = "as in the file"
 _DQ, _Q = "DequantizeLinear", "QuantizeLinear"
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
 _KNOWN = (*_BYTES, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32)  # the last: of biases
+_SIGNED = (TensorProto.INT8, TensorProto.INT32)
+_SIXTEEN_BITS = 21  # the opset that gave Q/DQ codes of 16 bits
 _LIMITS: Mapping[Any, tuple[int, int]] = {
     np.dtype(kind): (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
     for kind in (np.int8, np.uint8, np.int16, np.uint16)
@@ -31,15 +33,17 @@ _LIMITS: Mapping[Any, tuple[int, int]] = {
 
 
 def canonical(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with every weight as codes, constants as initializers, and one name for each node.
+    """A copy with every weight as codes, constants as initializers, one name for each node, and no account of origins.
 
-    Raises ModelError for a graph without INT8 weights, with codes of other than 8 bits (biases: 32), or with scales
-    that are computed as it runs, or are not positive and finite.
+    Raises ModelError for a graph without INT8 weights, with codes of other than 8 or 16 bits (biases: 32), with
+    scales that are computed as it runs, or are not positive and finite.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     fold.fold_constants(made)
+    _own_domain(made)
     _fold_weights(made)
+    names.forget_notes(made)
     unique = names.Unique()
     for node in made.graph.node:
         node.name = unique(node.name or node.op_type.lower())
@@ -80,12 +84,12 @@ def is_symmetric(model: onnx.ModelProto) -> bool:
         if node.op_type in (_Q, _DQ):
             zero = arrays.get(node.input[2]) if len(node.input) > 2 else None
             codes = arrays.get(node.input[0])
-            if any(t is not None and t.data_type == TensorProto.UINT8 for t in (zero, codes)):
+            if any(t is not None and t.data_type not in _SIGNED for t in (zero, codes)):
                 return False
             if zero is not None and numpy_helper.to_array(zero).any():
                 return False
-            if zero is None and node.op_type == _Q and not _attribute(node, "output_dtype", 0):
-                return False  # without a zero point codes are unsigned
+            if node.op_type == _Q and _code_type(node, arrays) != np.int8:
+                return False
     return True
 
 
@@ -124,11 +128,11 @@ def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
 def _clipped(graph: onnx.GraphProto, q: onnx.NodeProto) -> list[onnx.NodeProto]:
     """What a Q does but for rounding, with the ends of its range as new initializers."""
     arrays = fold.initializers(graph)
-    scale = numpy_helper.to_array(arrays[q.input[1]]).astype(np.float32)
+    scale = numpy_helper.to_array(arrays[q.input[1]])  # of the type that is quantized
     low, high = _range(scale, arrays, q)
     ends = [f"{q.output[0]}.low", f"{q.output[0]}.high"]
     graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value, np.float32), name)
+        numpy_helper.from_array(np.asarray(value).astype(scale.dtype), name)
         for value, name in zip((low.min(), high.max()), ends, strict=True)
     )
     return [onnx.helper.make_node("Clip", [q.input[0], *ends], [q.output[0]], name=q.name)]
@@ -138,10 +142,31 @@ def _range(
     scale: NDArray[Any], arrays: Mapping[str, onnx.TensorProto], q: onnx.NodeProto
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The least and the largest value that the codes of a Q stand for, float64, one for each scale."""
-    zero = numpy_helper.to_array(arrays[q.input[2]]) if len(q.input) > 2 else np.zeros(1, np.uint8)
-    low, high = _LIMITS.get(zero.dtype, (-128, 127))
-    shift, wide = zero.astype(np.float64).reshape(-1), scale.astype(np.float64).reshape(-1)
+    low, high = _LIMITS.get(_code_type(q, arrays), (-128, 127))
+    given = numpy_helper.to_array(arrays[q.input[2]]) if len(q.input) > 2 else np.zeros(1)
+    shift, wide = given.astype(np.float64).reshape(-1), scale.astype(np.float64).reshape(-1)
     return (low - shift) * wide, (high - shift) * wide
+
+
+def _code_type(q: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto]) -> Any:
+    """What a Q makes: its zero point's type, else what it says, else unsigned."""
+    told = _attribute(q, "output_dtype", 0) or TensorProto.UINT8
+    kind = arrays[q.input[2]].data_type if len(q.input) > 2 else told
+    return onnx.helper.tensor_dtype_to_np_dtype(kind)
+
+
+def _own_domain(model: onnx.ModelProto) -> None:
+    """Q/DQ of ONNX Runtime's domain become ONNX's where it has these codes, and no input is an empty name; in place."""
+    arrays = {t.name: t.data_type for t in model.graph.initializer}
+    wide = graph.opset_of(model) >= _SIXTEEN_BITS
+    for node in model.graph.node:
+        if node.op_type not in (_Q, _DQ):
+            continue
+        while node.input and not node.input[-1]:
+            node.input.pop()
+        kind = arrays.get(node.input[2] if len(node.input) > 2 else node.input[0])
+        if wide or kind in (*_BYTES, TensorProto.INT32):
+            node.domain = ""
 
 
 def _fold_weights(model: onnx.ModelProto) -> None:
@@ -176,6 +201,10 @@ def _check(model: onnx.ModelProto) -> None:
             if name in held and held[name].data_type not in _KNOWN:
                 kind = TensorProto.DataType.Name(held[name].data_type)
                 raise ModelError(f"{node.name}: {name} is in {kind}", "quantize it to INT8")
+        if node.op_type == _Q and _code_type(node, held) not in _LIMITS:
+            raise ModelError(
+                f"{node.name}: its codes are {_code_type(node, held).name}", "quantize it to INT8"
+            )
         scale = numpy_helper.to_array(held[node.input[1]]).astype(np.float64)
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise ModelError(

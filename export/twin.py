@@ -37,7 +37,13 @@ from resq_deploy.export.twin_shapes import DTYPES
 from resq_deploy.faults import Flips, TensorFlips, flip_bits
 from resq_deploy.onnx_file import read_onnx
 
-_RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int32: (-(2**31), 2**31 - 1)}
+_RANGES = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int16: (-(2**15), 2**15 - 1),
+    torch.uint16: (0, 2**16 - 1),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
 _CODE_LIMIT = 127  # of learnable weight codes: what the project's quantizer writes
 
 
@@ -278,7 +284,8 @@ def _broadcast(
 ) -> tuple[Tensor, Tensor | None]:
     """Per-channel scales and zero points in the shape that broadcasts along the node's axis."""
     if zero is not None:
-        zero = None if not bool(zero.any()) else zero.to(scale.dtype)
+        zero = zero.to(scale.dtype)
+        zero = zero if bool(zero.any()) else None
     if scale.ndim == 0 or scale.numel() == 1:
         return scale.reshape(()), None if zero is None else zero.reshape(())
     shape = [1] * x.ndim
