@@ -79,7 +79,8 @@ def free_batch(g: onnx.GraphProto) -> None:
     fold.lift_constants(g)
     held = fold.initializers(g)
     for node in g.node:
-        shape = held.get(node.input[1]) if node.op_type == "Reshape" else None
+        moves = node.op_type == "Reshape" and node.input[0] not in held  # a parameter has no batch
+        shape = held.get(node.input[1]) if moves else None
         wanted = numpy_helper.to_array(shape) if shape is not None else np.zeros(0, np.int64)
         if wanted.ndim == 1 and wanted.size > 1 and wanted[0] == fixed:
             free = np.concatenate([[0], wanted[1:]]).astype(np.int64)  # 0: as long as the input's

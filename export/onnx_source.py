@@ -62,7 +62,8 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     if fused := sorted(kinds & _FUSED):
         raise ModelError(
             f"the graph is quantized in a form without Q/DQ ({fused[0]})",
-            "write it as Q/DQ: in ONNX Runtime, quantize_static with quant_format=QuantFormat.QDQ",
+            "give it as it was before a runtime optimized it, or write it as Q/DQ: in ONNX Runtime,"
+            " quantize_static with quant_format=QuantFormat.QDQ",
         )
     return bool(kinds & {_Q, _DQ})
 
@@ -87,7 +88,7 @@ def read(
 
     `mean`, `std`: what the file wants pixels normalized by, per channel or one for all; default: nothing.
     Raises ModelError for a graph that has not one float32 input of images and one output of logits, has operators that
-    ONNX Runtime does not run, or a batch that cannot be freed.
+    ONNX Runtime does not run, branches or loops, or a batch that cannot be freed.
     """
     quantized = is_quantized(model)
     images, _ = _ends(file, model)
@@ -98,6 +99,7 @@ def read(
     if made.functions:
         made = inliner.inline_local_functions(made)
     _check_opset(file, made)
+    _check_flow(file, made)
     cut = onnx_ends.without_softmax(made.graph)
     onnx_ends.free_batch(made.graph)
     onnx_ends.in_front(made.graph, channels_last, shape, means, stds)
@@ -110,7 +112,7 @@ def load(file: Path) -> onnx.ModelProto:
     try:
         return read_onnx(file, beside=True)
     except IntegrityError as error:
-        raise ModelError(error.message, "save it again, as one .onnx file") from error
+        raise ModelError(error.message, error.hint) from error
 
 
 def to_fp32(source: Source, *, name: str, opset: int | None = None) -> onnx.ModelProto:
@@ -172,6 +174,15 @@ def _check_opset(file: Path, model: onnx.ModelProto) -> None:
         )
 
 
+def _check_flow(file: Path, model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise ModelError(
+                f"{file} has branches or loops ({node.op_type})",
+                "save it for images of one size, or simplify it first, for example with onnxsim",
+            )
+
+
 def _try_out(
     file: Path,
     original: onnx.ModelProto,
@@ -201,6 +212,11 @@ def _try_out(
         raise ModelError(
             f"{file} makes {logits.shape} of {len(images)} images",
             "it must give logits, [batch, classes]",
+        )
+    if logits.dtype != np.float32:
+        raise ModelError(
+            f"{file} makes logits in {logits.dtype}",
+            "it must give float32: save it with its last DequantizeLinear, or with that cast",
         )
     if not np.isfinite(logits).all():
         raise ModelError(f"{file} makes logits that are not finite", "check the file")

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from resq_deploy.errors import IntegrityError
 
 _LIMIT = 2**31 - 1  # bytes: what protobuf can hold
-_CURE = "export the model again"
+_CURE, _ONE_FILE = "export the model again", "export the model again, as one .onnx file"
 _KINDS: dict[
     int, tuple[str, int]
 ] = {  # element type -> the field that holds it where raw_data does not, and its bytes
@@ -33,6 +33,9 @@ _KINDS: dict[
     TensorProto.UINT32: ("uint64_data", 4),
     TensorProto.UINT64: ("uint64_data", 8),
 }
+_NARROW: dict[int, str] = {  # what other tools quantize to: 8-bit floats, 4 bits and fewer
+    kind: name for name, kind in TensorProto.DataType.items() if kind > TensorProto.BFLOAT16
+}
 _FILE_OPS = frozenset({"EPContext"})  # operators that name a file for the engine to load
 
 
@@ -40,8 +43,9 @@ def read_onnx(path: str | os.PathLike[str], *, beside: bool = False) -> onnx.Mod
     """A graph with all its tensors inside the file; with `beside`, also those in plain files of the same folder.
 
     Raises IntegrityError for a file that is no ONNX graph, is over 2 GiB, has a tensor whose size is not what its
-    shape says, has a node without an output, or refers to another file: a tensor with external data (the engine
-    would open whatever path stands there), or an operator that loads a compiled context.
+    shape says, or whose elements are 8-bit floats or of 4 bits and fewer, has a node without an output, or refers
+    to another file: a tensor with external data (the engine would open whatever path stands there), or an operator
+    that loads a compiled context.
     """
     file = Path(path)
     try:
@@ -55,8 +59,8 @@ def read_onnx(path: str | os.PathLike[str], *, beside: bool = False) -> onnx.Mod
         raise IntegrityError(f"{file} is not an ONNX file", _CURE) from error
     if beside:
         _fetch(model, file)
-    if wrong := next(_wrong(model), ""):
-        raise IntegrityError(f"{file} {wrong}", _CURE)
+    for wrong, cure in _wrong(model):
+        raise IntegrityError(f"{file} {wrong}", cure)
     return model
 
 
@@ -88,20 +92,23 @@ def _fetch(model: onnx.ModelProto, file: Path) -> None:
         del tensor.external_data[:]
 
 
-def _wrong(message: Message) -> Iterator[str]:
-    """What is wrong anywhere in a graph, its subgraphs and its functions."""
+def _wrong(message: Message) -> Iterator[tuple[str, str]]:
+    """What is wrong anywhere in a graph, its subgraphs and its functions, and what to do about it."""
     if any(isinstance(text, bytes) for text in _texts(message)):
-        yield "has a name that is no text"
+        yield "has a name that is no text", _CURE
     if isinstance(message, onnx.TensorProto):
         if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
-            yield f"refers to another file, in tensor {message.name[:80]!r}"
+            yield f"refers to another file, in tensor {message.name[:80]!r}", _ONE_FILE
+        elif message.data_type in _NARROW:
+            kind = _NARROW[message.data_type]
+            yield f"has codes in {kind}, in tensor {message.name[:80]!r}", "quantize it to INT8"
         elif not _is_whole(message):
-            yield f"has a tensor {message.name[:80]!r} that is not what its shape says"
+            yield f"has a tensor {message.name[:80]!r} that is not what its shape says", _CURE
         return
     if isinstance(message, onnx.NodeProto) and not message.output:
-        yield f"has a node {message.name[:80]!r} without an output"
+        yield f"has a node {message.name[:80]!r} without an output", _CURE
     if isinstance(message, onnx.NodeProto) and message.op_type in _FILE_OPS:
-        yield f"refers to another file, in operator {message.op_type}"
+        yield f"refers to another file, in operator {message.op_type}", _CURE
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in _parts(value):

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from resq_deploy.errors import ModelError
 from resq_deploy.export import graph, names, onnx_source, qdq_file
 from resq_deploy.export.gradients import obstacle
 from resq_deploy.export.onnx_source import Source
@@ -98,3 +99,72 @@ def test_without_rounding_in_float16() -> None:
     made = qdq_file.canonical(source(model).model)
     wide, coded = (graph.run(m, pixels()) for m in (qdq_file.without_rounding(made), made))
     assert np.abs(wide - coded).max() <= 0.1 * np.abs(coded).max()
+
+
+def test_codes_that_nothing_here_reads(tmp_path: Path) -> None:
+    for kind in (TensorProto.INT4, TensorProto.FLOAT8E4M3FN):
+        model = Network().model()
+        model.graph.initializer.append(helper.make_tensor("narrow", kind, [2], [1, 2]))
+        onnx.save(model, tmp_path / "net.onnx")
+        name = TensorProto.DataType.Name(kind)
+        with pytest.raises(ModelError, match=rf"codes in {name}.*quantize it to INT8"):
+            onnx_source.load(tmp_path / "net.onnx")
+    told = Network().model()
+    for node in nodes(told, "QuantizeLinear"):
+        del node.input[2]
+        node.attribute.append(helper.make_attribute("output_dtype", TensorProto.FLOAT8E4M3FN))
+    with pytest.raises(ModelError, match="its codes are float8"):
+        qdq_file.canonical(told)
+
+
+def test_outputs_that_are_no_logits() -> None:
+    model = Network().model()
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["codes"], to=TensorProto.INT8))
+    model.graph.output[0].name = "codes"
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT8
+    with pytest.raises(ModelError, match=r"logits in int8.*DequantizeLinear"):
+        source(model)
+
+
+def test_branches_are_refused() -> None:
+    model = Network().model()
+    bodies = [
+        helper.make_graph(
+            [helper.make_node(op, ["y"], [op])],
+            op,
+            [],
+            [helper.make_tensor_value_info(op, TensorProto.FLOAT, None)],
+        )
+        for op in ("Identity", "Neg")
+    ]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "which"))
+    model.graph.node.append(
+        helper.make_node("If", ["which"], ["z"], then_branch=bodies[0], else_branch=bodies[1])
+    )
+    model.graph.output[0].name = "z"
+    with pytest.raises(ModelError, match=r"branches or loops \(If\).*onnxsim"):
+        source(model)
+
+
+def test_a_parameter_is_no_batch() -> None:
+    """A bias that the file turns to [1, C, 1, 1], in a file for one image."""
+    model = Network().model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    conv = nodes(model, "Conv")[0]
+    shape = numpy_helper.from_array(np.array([1, 16, 1, 1]), "shape")
+    model.graph.initializer.append(shape)
+    where = list(model.graph.node).index(conv)
+    added = [
+        helper.make_node("Reshape", ["conv.b", "shape"], ["turned"]),
+        helper.make_node("Add", ["plain", "turned"], ["conv"]),
+    ]
+    del conv.input[2:]
+    conv.output[0] = "plain"
+    for place, node in enumerate(added, where + 1):
+        model.graph.node.insert(place, node)
+    given = source(Network().model()).model
+    np.testing.assert_allclose(
+        graph.run(source(model).model, pixels(), optimize=False),
+        graph.run(given, pixels(), optimize=False),
+        atol=0.01,
+    )
