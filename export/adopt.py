@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from resq_deploy.bundle import sha256_of
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError, ModelError
-from resq_deploy.export import formats, gradients, graph, onnx_source, qdq_file
+from resq_deploy.export import formats, gradients, graph, onnx_ends, onnx_source, qdq_file
 from resq_deploy.export.load import LoadedModel
 from resq_deploy.export.onnx_source import Source
 from resq_deploy.export.samples import Drawn
@@ -29,6 +29,8 @@ Normal = tuple[Sequence[float] | None, Sequence[float] | None]  # mean and std
 
 REASON = "the file was quantized already, and is taken as it is"
 _IMAGES = 64  # to tell whether a file has its normalization inside
+_NOTHING: Normal = (None, None)
+_BARE = 2  # place of the pair whose reference has its normalization inside, and the file not
 
 
 def adopt(
@@ -37,32 +39,37 @@ def adopt(
     drawn: Drawn,
     wanted: gradients.Wanted,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    told: Normal | None = None,
+    bare: LoadedModel | None = None,
     opset: int | None = None,
     reporter: Reporter | None = None,
 ) -> Made:
     """A quantized graph and its reference. `network`: the loaded reference, or the loaded file itself.
 
-    `mean`, `std`: what the file wants pixels normalized by; where they are not given, by nothing or as the reference
-    has it, whichever gives logits closer to the reference's. Raises ModelError for a file that is no such graph, or
-    that is of another shape or number of classes than the reference; AttackError as gradients.settle.
+    `told`: mean and std as the user gave them. A reference that is a checkpoint knows its own, so they are the file's;
+    of any other, `network` has them in front and `bare` has not, and which of file and reference wants them is found
+    out: what gives the closest logits. Raises ModelError for a file that is no such graph, or that is of another shape
+    or number of classes than the reference; AttackError as gradients.settle.
     """
     say = reporter or Reporter()
     reference: Reference = "fp32"
     if network.source is not None and network.source.quantized:
         reference = "dequantized"
         source = network.source
-        int8 = qdq_file.canonical(source.model)
+        int8 = _canonical(file, source)
         fp32 = qdq_file.without_rounding(int8)
         say.warn(
             f"{file} is compared with its own weights in float arithmetic;"
             " --reference names the network that it was made of"
         )
     else:
-        fp32 = network.to_onnx(opset)
-        own = (mean, std) if (mean, std) != (None, None) else None
-        source, int8 = _normalized(file, network, fp32, drawn.held_out.images, own, say)
+        pairs = _pairs(network, bare, told)
+        source, int8, fp32 = _closest(file, pairs, drawn.held_out.images, opset, say)
+    if onnx_ends.gives_probabilities(int8.graph):
+        say.warn(
+            f"{file} quantizes its Softmax: answers can tie, and gradients of them are small;"
+            " leave the Softmax out of what is quantized where you can"
+        )
     record = {k: v for k, v in drawn.record.items() if k.startswith("eval_")}
     return Made(
         fp32,
@@ -79,40 +86,65 @@ def adopt(
     )
 
 
-def _normalized(
+def _pairs(
+    network: LoadedModel, bare: LoadedModel | None, told: Normal | None
+) -> list[tuple[LoadedModel, Normal]]:
+    """The references that may be meant, each with a preprocessing that the file may want; the likeliest first."""
+    own: Normal = (network.mean, network.std)
+    if told is not None and bare is None:
+        return [(network, told)]
+    if not any(network.mean) and all(s == 1 for s in network.std):
+        return [(network, _NOTHING)]
+    return [(network, _NOTHING), (network, own), *([] if bare is None else [(bare, own)])]
+
+
+def _closest(
     file: Path,
-    network: LoadedModel,
-    fp32: onnx.ModelProto,
+    pairs: Sequence[tuple[LoadedModel, Normal]],
     images: NDArray[np.float32],
-    own: Normal | None,
+    opset: int | None,
     reporter: Reporter,
-) -> tuple[Source, onnx.ModelProto]:
-    """The file with the preprocessing that it wants, `own` or found out, and its canonical graph."""
+) -> tuple[Source, onnx.ModelProto, onnx.ModelProto]:
+    """Of these pairs the one whose logits are closest: the file, its canonical graph, and the reference."""
     _, model = formats.read(file, trust_pickle=False)
-    unlike = any(network.mean) or any(s != 1 for s in network.std)
-    tries: list[Normal] = [own or (None, None)]
-    if own is None and unlike:
-        tries.append((network.mean, network.std))
-    found = []
-    for mean, std in tries:
+    found, part, exported = [], images[:_IMAGES], dict[int, onnx.ModelProto]()
+    for network, (mean, std) in pairs:
         source = onnx_source.read(file, model, input_shape=network.input_shape, mean=mean, std=std)
         if source.classes != len(network.classes):
             raise ModelError(
                 f"{file} has {source.classes} outputs, its reference {len(network.classes)}",
                 "give the network that it was made of",
             )
-        found.append((source, qdq_file.canonical(source.model)))
-    if len(found) == 1:
-        return found[0]
-    part = images[:_IMAGES]
-    expected = graph.run(fp32, part)
-    near = [sqnr_db(expected, graph.run(int8, part)) for _, int8 in found]
-    outside = near[1] > near[0]
-    reporter.log(
-        f"{file} has its normalization {'outside' if outside else 'inside'}: SQNR of its logits is"
-        f" {near[0]:.1f} dB as it is, {near[1]:.1f} dB with the reference's in front"
-    )
-    return found[outside]
+        int8 = _canonical(file, source)
+        if id(network) not in exported:
+            exported[id(network)] = network.to_onnx(opset)
+            onnx_ends.end_alike(exported[id(network)], int8, cut=source.cut)
+        fp32 = exported[id(network)]
+        near = sqnr_db(graph.run(fp32, part), graph.run(int8, part)) if len(pairs) > 1 else 0.0
+        found.append((near, source, int8, fp32))
+    best = max(range(len(found)), key=lambda i: found[i][0])
+    if len(found) > 1:
+        told = ", ".join(f"{near:.1f} dB" for near, *_ in found)
+        reporter.log(
+            f"{file} has its normalization {'outside' if best else 'inside'}"
+            f"{', its reference inside' * (best == _BARE)}: SQNR of its logits is {told}, as it is,"
+            f" with the reference's in front{', with the file alone normalized' * (len(found) > _BARE)}"
+        )
+    return found[best][1:]
+
+
+def _canonical(file: Path, source: Source) -> onnx.ModelProto:
+    """The graph that is deployed, held against the one that was read."""
+    int8 = qdq_file.canonical(source.model)
+    images = np.random.default_rng(0).random((3, *source.shape), dtype=np.float32)
+    before, after = (graph.run(m, images, optimize=False) for m in (source.model, int8))
+    apart = float(np.abs(after - before).max(initial=0.0))
+    if not apart <= graph.PARITY * max(1.0, float(np.abs(before).max(initial=0.0))):
+        raise ModelError(
+            f"{file} with its constants folded differs from itself by {apart:.3g}",
+            "fold them before: onnxruntime's quant_pre_process, or onnxsim",
+        )
+    return int8
 
 
 def check_engines(int8: onnx.ModelProto, targets: Sequence[str]) -> None:

@@ -65,6 +65,28 @@ def without_softmax(g: onnx.GraphProto) -> bool:
     return cut and name in made
 
 
+def gives_probabilities(g: onnx.GraphProto) -> bool:
+    """Whether a graph ends in a Softmax, quantized or not."""
+    made, name = fold.producers(g), g.output[0].name
+    while name in made and made[name].op_type in ("QuantizeLinear", "DequantizeLinear", "Identity"):
+        name = made[name].input[0]
+    return name in made and made[name].op_type == "Softmax"
+
+
+def end_alike(fp32: onnx.ModelProto, int8: onnx.ModelProto, *, cut: bool) -> None:
+    """Give a reference, in place, the end of the file it is held against: a Softmax or, where that was `cut`, none."""
+    if cut:
+        without_softmax(fp32.graph)
+        names.rename_tensors(fp32.graph, {fp32.graph.output[0].name: names.OUTPUT})
+    elif gives_probabilities(int8.graph) and not gives_probabilities(fp32.graph):
+        names.rename_tensors(fp32.graph, {names.OUTPUT: f"{names.OUTPUT}.before"})
+        last = helper.make_node(
+            "Softmax", [f"{names.OUTPUT}.before"], [names.OUTPUT], name="softmax", axis=1
+        )
+        fp32.graph.node.append(last)
+        fp32.graph.output[0].name = names.OUTPUT
+
+
 def free_batch(g: onnx.GraphProto) -> None:
     """Let the batch vary, in place: of input and output, and of what is reshaped to the batch that was fixed."""
     fixed = g.input[0].type.tensor_type.shape.dim[0].dim_value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,17 +131,21 @@ def export_model(
     plain = map(white_box, ATTACKS if attacks is None else attacks)
     crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
     judge = eval if eval is not None else calib
-    loaded = load_model(
+    load = partial(
+        load_model,
         model if reference is None else reference,
         arch=arch,
         arch_args=arch_args,
         input_shape=input_shape,
-        mean=mean,
-        std=std,
         trust_pickle=trust_pickle,
         default_shape=None if calib is None else lambda: samples.shape_of(calib),
         default_classes=None if judge is None else lambda shape: samples.classes_of(judge, shape),
     )
+    loaded, bare = load(mean=mean, std=std), None
+    if reference is not None and (mean is not None or std is not None):
+        bare = load()
+        if loaded.form == "checkpoint":  # it knows its own: what is said is the file's
+            loaded, bare = bare, None
     drawn = samples.draw(loaded, calib, calib_samples, eval, eval_samples, seed=seed, reporter=say)
     asked.check_calibration(len(drawn.calibration), adjusts)
     say.log(
@@ -149,7 +154,8 @@ def export_model(
     named = [*(f"--attack {n}" for n in attacks or ()), *["--attack-faulty"] * bool(faulty)]
     wanted = gradients.Wanted(named, bool(crafts), adjusts)
     if taken:
-        made = adopt(file, loaded, drawn, wanted, mean=mean, std=std, opset=opset, reporter=say)
+        told = None if mean is None and std is None else (mean, std)
+        made = adopt(file, loaded, drawn, wanted, told=told, bare=bare, opset=opset, reporter=say)
         check_engines(made.int8, targets)
     else:
         made = _quantized(

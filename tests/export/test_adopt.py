@@ -199,6 +199,43 @@ def test_normalization_inside_the_file_is_left_alone(home: Path, tmp_path: Path)
         assert (b.weights[name].axis, b.weights[name].layer) == (weight.axis, weight.layer)
 
 
+def test_who_wants_the_pixels_that_the_user_tells_of(home: Path, tmp_path: Path) -> None:
+    """A checkpoint knows its own preprocessing; of any other reference, and of the file, it is found out."""
+    ours = export_model(home / "model.pt", tmp_path / "a.resq", adjust=False, **FAST)
+    inside, outside = tmp_path / "inside.onnx", static(home, tmp_path / "out.onnx")
+    inside.write_bytes(ours.int8.read_bytes())
+    (tmp_path / "net.onnx").write_bytes(ours.fp32.read_bytes())
+    data, nothing = str(home / "data.npz"), {"mean": (0.0,), "std": (1.0,)}
+    for file, reference, told, mean in (
+        (inside, home / "model.pt", nothing, 0.0),
+        (outside, home / "model.pt", NORMAL, 0.3),
+        (inside, home / "raw.onnx", NORMAL, 0.0),
+        (outside, home / "raw.onnx", NORMAL, 0.3),
+        (outside, tmp_path / "net.onnx", NORMAL, 0.3),
+    ):
+        made = export_model(
+            file, tmp_path / "b.resq", reference=reference, calib=data, force=True, **told, **FAST
+        ).manifest
+        assert made.input.mean == (mean,)
+        assert made.metrics.fp32_accuracy == ours.manifest.metrics.fp32_accuracy
+        assert made.metrics.sqnr_db["logits"] > 20
+
+
+def test_folding_that_would_change_a_file_is_noticed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: onnx.ModelProto) -> onnx.ModelProto:
+        made = canonical(model)
+        bias = next(t for t in made.graph.initializer if t.name == "fc.bias_quantized")
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 999, bias.name))
+        return made
+
+    file, canonical = static(home, tmp_path / "net.onnx"), qdq_file.canonical
+    monkeypatch.setattr(qdq_file, "canonical", wrong)
+    with pytest.raises(ModelError, match="differs from itself"):
+        export_model(file, reference=home / "model.pt", **FAST)
+
+
 def with_float_weights(file: Path) -> onnx.ModelProto:
     """A file as quantization-aware training writes it: weights in float, behind a QuantizeLinear."""
     model = onnx.load(file)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy.errors import ModelError
-from resq_deploy.export import graph, names, onnx_source, qdq_file
+from resq_deploy.export import graph, names, onnx_ends, onnx_source, qdq_file
 from resq_deploy.export.gradients import obstacle
 from resq_deploy.export.onnx_source import Source
 from tests.qdq import SHAPE, Network, pixels
@@ -168,3 +168,17 @@ def test_a_parameter_is_no_batch() -> None:
         graph.run(given, pixels(), optimize=False),
         atol=0.01,
     )
+
+
+def test_ends_of_a_reference() -> None:
+    quantized = qdq_file.canonical(source(Network(np.uint8, end="Softmax").model()).model)
+    plain = qdq_file.canonical(source(Network(np.uint8).model()).model)
+    assert onnx_ends.gives_probabilities(quantized.graph)
+    assert not onnx_ends.gives_probabilities(plain.graph)
+    logits = graph.run(plain, pixels())
+    onnx_ends.end_alike(plain, quantized, cut=False)
+    powers = np.exp(logits)
+    expected = powers / powers.sum(1, keepdims=True)
+    np.testing.assert_allclose(graph.run(plain, pixels()), expected, atol=1e-6)
+    onnx_ends.end_alike(plain, quantized, cut=True)
+    np.testing.assert_allclose(graph.run(plain, pixels()), logits, atol=1e-6)
