@@ -157,7 +157,7 @@ class Forms:
         if name in self.weights:
             w = self.weights[name]
             scale = self.graph.arrays[w.scale]
-            zero = self.derived(f"{w.name}/zero", np.zeros(scale.shape, np.int8))
+            zero = self.derived(f"{w.name}/{w.scale}/zero", np.zeros(scale.shape, np.int8))
             attrs: dict[str, Any] = {"axis": w.axis} if scale.ndim else {}
             return self.emit("DequantizeLinear", [w.name, w.scale, zero], **attrs)
         return name

@@ -159,7 +159,7 @@ class _Lowering(Products):
         if codes.dtype != np.int32 or codes.ndim != 1:
             return False
         value = (codes.astype(np.float32) * scale).astype(np.float32)
-        self.floats[node.output[0]] = {False: self.derived(f"{node.input[0]}/float", value)}
+        self.floats[node.output[0]] = {False: self.derived(f"{node.output[0]}/float", value)}
         return True
 
     def on_Conv(self, node: onnx.NodeProto) -> bool:

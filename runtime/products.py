@@ -64,8 +64,8 @@ class Products(Forms):
     def _weight_params(self, w: Weight) -> tuple[str, str]:
         """Names of a weight's scales and zero points, one for each output channel."""
         scales = self._scales(w)
-        zeros = self.derived(f"{w.name}/zeros", np.zeros(scales.size, np.int8))
-        return self.derived(f"{w.name}/scales", scales), zeros
+        zeros = self.derived(f"{w.name}/{w.axis}/zeros", np.zeros(scales.size, np.int8))
+        return self.derived(f"{w.name}/{w.scale}/{w.axis}", scales), zeros
 
     def qlinear_conv(
         self, node: onnx.NodeProto, w: Weight, bias: NDArray[np.int32], scale: str, zero: int

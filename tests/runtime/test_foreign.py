@@ -60,6 +60,37 @@ def test_the_fast_way_is_the_file(form: str) -> None:
                 np.testing.assert_allclose(ours, theirs, atol=0.03 * most, equal_nan=True)
 
 
+def test_codes_that_two_layers_read_with_scales_of_their_own() -> None:
+    model = Network(shape=(1,)).model()
+    gemm = next(n for n in model.graph.node if n.op_type == "Gemm")
+    arrays = {
+        "half": np.full(1, 0.005, np.float32),
+        "none": np.zeros(1, np.int8),
+        "b": np.array([100, -50, 7], np.int32),
+        "b.s": np.float32(0.01),
+        "b.half": np.float32(0.002),
+        "b.z": np.int32(0),
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v), k) for k, v in arrays.items()
+    )
+    made = [
+        helper.make_node("DequantizeLinear", ["fc.w", "half", "none"], ["again"], name="again"),
+        helper.make_node("DequantizeLinear", ["b", "b.s", "b.z"], ["b.one"], name="b.one"),
+        helper.make_node("DequantizeLinear", ["b", "b.half", "b.z"], ["b.two"], name="b.two"),
+        helper.make_node("Gemm", [gemm.input[0], "again", "b.two"], ["second"], name="second"),
+        helper.make_node("Gemm", [*gemm.input[:2], "b.one"], ["first"], name="first"),
+        helper.make_node("Sub", ["first", "second"], ["scores"], name="scores"),
+    ]
+    where = list(model.graph.node).index(gemm)
+    model.graph.node.remove(gemm)
+    for place, node in enumerate(made, where):
+        model.graph.node.insert(place, node)
+    with OrtRunner(model, threads=1) as fast, OrtRunner(model, threads=1, exact=True) as exact:
+        golden = exact(pixels())
+        np.testing.assert_allclose(fast(pixels()), golden, atol=0.02 * np.abs(golden).max())
+
+
 def test_codes_of_16_bits_are_memory_and_sizes_are_not() -> None:
     model = Network(np.int16, wide=np.int16).model()
     weights = {m.name: m.width for m in fault_space(model).memories if m.kind == "weights"}
