@@ -41,7 +41,6 @@ def adopt(
     *,
     told: Normal | None = None,
     bare: LoadedModel | None = None,
-    opset: int | None = None,
     reporter: Reporter | None = None,
 ) -> Made:
     """A quantized graph and its reference. `network`: the loaded reference, or the loaded file itself.
@@ -64,7 +63,7 @@ def adopt(
         )
     else:
         pairs = _pairs(network, bare, told)
-        source, int8, fp32 = _closest(file, pairs, drawn.held_out.images, opset, say)
+        source, int8, fp32 = _closest(file, pairs, drawn.held_out.images, say)
     if onnx_ends.gives_probabilities(int8.graph):
         say.warn(
             f"{file} quantizes its Softmax: answers can tie, and gradients of them are small;"
@@ -102,7 +101,6 @@ def _closest(
     file: Path,
     pairs: Sequence[tuple[LoadedModel, Normal]],
     images: NDArray[np.float32],
-    opset: int | None,
     reporter: Reporter,
 ) -> tuple[Source, onnx.ModelProto, onnx.ModelProto]:
     """Of these pairs the one whose logits are closest: the file, its canonical graph, and the reference."""
@@ -117,7 +115,7 @@ def _closest(
             )
         int8 = _canonical(file, source)
         if id(network) not in exported:
-            exported[id(network)] = network.to_onnx(opset)
+            exported[id(network)] = network.to_onnx()
             onnx_ends.end_alike(exported[id(network)], int8, cut=source.cut)
         fp32 = exported[id(network)]
         near = sqnr_db(graph.run(fp32, part), graph.run(int8, part)) if len(pairs) > 1 else 0.0

@@ -53,6 +53,7 @@ def check_taken(
     reference: str | os.PathLike[str] | None,
     design: Design,
     high_precision: str,
+    opset: int | None,
 ) -> None:
     """Raise ModelError for requests that do not fit a file that is quantized already (`taken`), or one that is not."""
     if reference is not None and not taken:
@@ -64,10 +65,10 @@ def check_taken(
         raise ModelError(
             f"--reference {reference} is quantized itself", "give the float network it was made of"
         )
-    if taken and (design != Design() or high_precision != "fp32"):
+    if taken and (design != Design() or high_precision != "fp32" or opset is not None):
         raise ModelError(
             f"{file} is quantized already, and taken as it is",
-            "leave out --design-ber, --redundancy, --effort and --high-precision",
+            "leave out --design-ber, --redundancy, --effort, --high-precision and --opset",
         )
 
 

@@ -121,7 +121,7 @@ def export_model(
     requests(targets, batch, sm, builder)
     design = Design(design_ber, redundancy, effort)
     taken = formats.is_quantized(file)
-    asked.check_taken(file, taken, reference, design, high_precision)
+    asked.check_taken(file, taken, reference, design, high_precision, opset)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     asked.check_attacks(attacks or (), eps, faulty, faulty_trials)
     asked.check_precision(high_precision, opset)
@@ -155,7 +155,7 @@ def export_model(
     wanted = gradients.Wanted(named, bool(crafts), adjusts)
     if taken:
         told = None if mean is None and std is None else (mean, std)
-        made = adopt(file, loaded, drawn, wanted, told=told, bare=bare, opset=opset, reporter=say)
+        made = adopt(file, loaded, drawn, wanted, told=told, bare=bare, reporter=say)
         check_engines(made.int8, targets)
     else:
         made = _quantized(

@@ -57,6 +57,7 @@ def listing(model: onnx.ModelProto) -> dict[str, Any]:
     arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     ops = {node.name: node.op_type for node in model.graph.node}
     readers = {n.input[0]: n for n in model.graph.node if n.op_type == _DQ}
+    half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
     weights = {}
     for memory in fault_space(model).memories:
         if memory.kind == "weights":
@@ -74,6 +75,7 @@ def listing(model: onnx.ModelProto) -> dict[str, Any]:
         "weights": weights,
         "activations": dict(_activations(model)),
         "float_ops": tuple(_float_ops(model, ops)),
+        "high_precision": "fp16" if half else "fp32",
     }
 
 

@@ -304,7 +304,12 @@ def test_requests_that_do_not_fit(home: Path, tmp_path: Path) -> None:
         export_model(home / "model.pt", tmp_path / "o.resq", reference=home / "raw.onnx", **FAST)
     with pytest.raises(ModelError, match="is quantized itself"):
         export_model(file, reference=file, **FAST)
-    for options in ({"design_ber": 1e-2}, {"high_precision": "fp16"}, {"effort": 0.5}):
+    for options in (
+        {"design_ber": 1e-2},
+        {"high_precision": "fp16"},
+        {"effort": 0.5},
+        {"opset": 18},
+    ):
         with pytest.raises(ModelError, match="quantized already, and taken as it is"):
             export_model(file, reference=home / "model.pt", **FAST, **options)
     with pytest.raises(BackendError, match="zero points or unsigned codes"):

@@ -99,6 +99,11 @@ def test_without_rounding_in_float16() -> None:
     made = qdq_file.canonical(source(model).model)
     wide, coded = (graph.run(m, pixels()) for m in (qdq_file.without_rounding(made), made))
     assert np.abs(wide - coded).max() <= 0.1 * np.abs(coded).max()
+    assert qdq_file.listing(made)["high_precision"] == "fp16"
+    assert (
+        qdq_file.listing(qdq_file.canonical(source(Network().model()).model))["high_precision"]
+        == "fp32"
+    )
 
 
 def test_codes_that_nothing_here_reads(tmp_path: Path) -> None:
