@@ -147,8 +147,9 @@ def peer_lines(found: Mapping[str, Figures]) -> list[str]:
     lines = [
         "What `quantize_static` (the better of its two), NNCF and ModelOpt wrote, taken in as it is (`resq-export",
         "FILE.onnx`): the same images, rates and numbers of trials. Each file has faults of its own, so the interval",
-        "of a difference is the root of the sum of squares of both. Faults are in INT8 weights; ModelOpt leaves the",
-        "classifier of a convolutional network in float, and it is not hit here.",
+        "of a difference is the root of the sum of squares of both. It is about faults on these images: a tenth of a",
+        "point is one of 1,000 images, which two files may round differently without any fault. Faults are in INT8",
+        "weights; ModelOpt leaves the classifier of a convolutional network in float, and it is not hit here.",
         "",
         head,
         "| --- " * 8 + "|",
