@@ -22,6 +22,12 @@ def initializers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in graph.initializer}
 
 
+def inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """What a graph is given when it runs: older files list their initializers as inputs too."""
+    held = initializers(graph)
+    return [value for value in graph.input if value.name not in held]
+
+
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Tensor name -> the node that computes it."""
     return {name: node for node in graph.node for name in node.output if name}

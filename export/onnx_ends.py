@@ -89,10 +89,9 @@ def end_alike(fp32: onnx.ModelProto, int8: onnx.ModelProto, *, cut: bool) -> Non
 
 def free_batch(g: onnx.GraphProto) -> None:
     """Let the batch vary, in place: of input and output, and of what is reshaped to the batch that was fixed."""
-    fixed = g.input[0].type.tensor_type.shape.dim[0].dim_value
-    held = fold.initializers(g)
-    values = [v for v in g.input if v.name not in held]
-    for value in (*values, *g.output):
+    (images,) = fold.inputs(g)
+    fixed = images.type.tensor_type.shape.dim[0].dim_value
+    for value in (images, *g.output):
         if value.type.tensor_type.shape.dim:
             value.type.tensor_type.shape.dim[0].dim_param = names.BATCH
     del g.value_info[:]
@@ -120,16 +119,16 @@ def in_front(
     std: tuple[float, ...],
 ) -> None:
     """Pixels in NCHW -> what the file takes, in place; ends get the names that exports use."""
-    held = fold.initializers(g)
-    old = next(v for v in g.input if v.name not in held)
-    used = {n for node in g.node for n in (*node.input, *node.output)} | set(held)
+    (old,) = fold.inputs(g)
+    used = {n for node in g.node for n in (*node.input, *node.output)}
+    used.update(t.name for t in g.initializer)
     unique = names.Unique(used | {names.INPUT, names.OUTPUT})
     own = {old.name: names.INPUT, g.output[0].name: names.OUTPUT}
     for name in (names.INPUT, names.OUTPUT):
         if name in used and name not in own:
             own[name] = unique(name)
     names.rename_tensors(g, own)
-    fold.replace(g.input, [v for v in g.input if v.name not in held])
+    fold.replace(g.input, fold.inputs(g))
     fold.replace(
         g.input[0].type.tensor_type.shape.dim,
         [onnx.TensorShapeProto.Dimension(dim_param=names.BATCH)]

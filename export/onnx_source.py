@@ -1,6 +1,6 @@
 """MODEL.onnx -> the same graph, taking pixels: whoever wrote the file, and however it likes its images.
 
-    source = read(path, input_shape=(3, 32, 32), mean=(0.5,), std=(0.25,))
+    source = read(path, load(path), input_shape=(3, 32, 32), mean=(0.5,), std=(0.25,))
     source.model        float32 [batch, 3, 32, 32] in [0, 1] -> logits [batch, classes]
     source.quantized    whether the file has Q/DQ already
 
@@ -40,7 +40,10 @@ _FUSED = frozenset(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A graph that takes pixels. `normalized`: by what, per channel; `cut`: whether a Softmax was left out."""
+    """A graph that takes pixels, of `shape` (C, H, W). `mean`, `std`: the normalization that was put in front of it.
+
+    `cut`: whether a Softmax was left out.
+    """
 
     model: onnx.ModelProto
     shape: Shape
@@ -70,8 +73,7 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 
 def is_open(model: onnx.ModelProto) -> bool:
     """Whether a graph leaves open how large its images are."""
-    held = fold.initializers(model.graph)
-    inputs = [value for value in model.graph.input if value.name not in held]
+    inputs = fold.inputs(model.graph)
     dims = inputs[0].type.tensor_type.shape.dim if inputs else []
     return any(not d.dim_value for d in dims[1:])
 
@@ -91,8 +93,7 @@ def read(
     ONNX Runtime does not run, branches or loops, or a batch that cannot be freed.
     """
     quantized = is_quantized(model)
-    images, _ = _ends(file, model)
-    channels_last, shape = onnx_ends.layout(file, images, input_shape)
+    channels_last, shape = onnx_ends.layout(file, _images(file, model), input_shape)
     means, stds = graph.per_channel(mean, 0.0, shape), graph.per_channel(std, 1.0, shape)
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -148,11 +149,9 @@ def to_fp32(source: Source, *, name: str, opset: int | None = None) -> onnx.Mode
     return model
 
 
-def _ends(file: Path, model: onnx.ModelProto) -> tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]:
-    """The input of images and the output of logits."""
-    held = fold.initializers(model.graph)
-    inputs = [value for value in model.graph.input if value.name not in held]
-    outputs = list(model.graph.output)
+def _images(file: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """The input, of images, beside the one output."""
+    inputs, outputs = fold.inputs(model.graph), model.graph.output
     if len(inputs) != 1 or len(outputs) != 1:
         raise ModelError(
             f"{file} has {len(inputs)} inputs and {len(outputs)} outputs",
@@ -164,7 +163,7 @@ def _ends(file: Path, model: onnx.ModelProto) -> tuple[onnx.ValueInfoProto, onnx
         raise ModelError(
             f"{file} takes images in {found}", "it must take float32: save it without that cast"
         )
-    return inputs[0], outputs[0]
+    return inputs[0]
 
 
 def _check_opset(file: Path, model: onnx.ModelProto) -> None:
@@ -231,8 +230,7 @@ def _try_out(
 
 def _run_file(file: Path, model: onnx.ModelProto, images: NDArray[np.float32]) -> NDArray[Any]:
     """Outputs of the file as it is, in batches of the size that it fixes."""
-    held = fold.initializers(model.graph)
-    value = next(v for v in model.graph.input if v.name not in held)
+    (value,) = fold.inputs(model.graph)
     fixed = value.type.tensor_type.shape.dim[0].dim_value or len(images)
     rows = np.concatenate([images, np.repeat(images[-1:], -len(images) % fixed, axis=0)])
     try:

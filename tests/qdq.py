@@ -9,6 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from resq_deploy.runtime.ort import OrtRunner
+
 SHAPE = (4, 8, 8)
 CLASSES = 3
 _BITS = {np.int8: 7, np.uint8: 8, np.int16: 15, np.uint16: 16}
@@ -106,6 +108,20 @@ class Network:
         )
         versions = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=versions, ir_version=10)
+
+
+def same_under_faults(
+    fast: OrtRunner, exact: OrtRunner, x: NDArray[np.float32], kind: str, count: int, within: float
+) -> None:
+    """Two ways of running a file agree under `count` single faults of a kind of memory, `within` the largest logit."""
+    part, rng = fast.space.select(kinds=(kind,)), np.random.default_rng(0)
+    size = float(np.abs(exact(x)).max())
+    for place in rng.integers(0, part.size, count):
+        flips = part.flips(np.array([place]))
+        with fast.faults(flips), exact.faults(flips):
+            ours, theirs = fast(x), exact(x)
+        most = np.abs(theirs[np.isfinite(theirs)]).max(initial=size)
+        np.testing.assert_allclose(ours, theirs, atol=within * most, equal_nan=True)
 
 
 def pixels(count: int = 4) -> NDArray[np.float32]:

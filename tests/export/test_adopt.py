@@ -25,6 +25,7 @@ from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
 from tests.helpers import CLASSES, SHAPE, checkpoint, images, save_npz
+from tests.qdq import same_under_faults
 
 FAST: dict[str, Any] = {"attacks": ("fgsm",), "attack_samples": 8, "eval_samples": 24}
 NORMAL: dict[str, Any] = {"mean": (0.3,), "std": (0.25,)}
@@ -123,18 +124,10 @@ def test_every_kind_of_fault_lands_in_it(
     file = static(home, tmp_path / "net.onnx", **options)
     bundle = export_model(file, reference=home / "model.pt", **{**FAST, "attacks": ()})
     model, x = read_onnx(bundle.int8), bundle.eval_sample().images
-    rng = np.random.default_rng(0)
     with OrtRunner(model, threads=1) as fast, OrtRunner(model, threads=1, exact=True) as exact:
         assert fast.unnoticed(x) == []
-        size = float(np.abs(exact(x)).max())
         for kind in ("weights", "bias", "scales", "zero-points"):
-            part = fast.space.select(kinds=(kind,))
-            for place in rng.integers(0, part.size, 8):
-                flips = part.flips(np.array([place]))
-                with fast.faults(flips), exact.faults(flips):
-                    ours, theirs = fast(x), exact(x)
-                finite = np.abs(theirs[np.isfinite(theirs)]).max(initial=size)
-                np.testing.assert_allclose(ours, theirs, atol=0.05 * finite, equal_nan=True)
+            same_under_faults(fast, exact, x, kind, 8, 0.05)
 
 
 def test_it_is_validated_like_any_other(home: Path, tmp_path: Path) -> None:

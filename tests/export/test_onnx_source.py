@@ -119,6 +119,22 @@ def test_channels_last_and_probabilities(tmp_path: Path) -> None:
     assert load_model(path, **NORMAL, input_shape=SHAPE).input_shape == SHAPE
 
 
+def test_initializers_that_are_listed_as_inputs(tmp_path: Path) -> None:
+    """As older files have them, here before the images, whose batch is fixed."""
+    path = save(tmp_path / "net.onnx", dynamo=True, opset_version=18, external_data=False)
+    model = onnx.load(path)
+    listed = [
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+    ]
+    images = list(model.graph.input)
+    del model.graph.input[:]
+    model.graph.input.extend([*listed, *images])
+    onnx.save(model, path)
+    found = load_model(path, **NORMAL).to_onnx()
+    assert [value.name for value in found.graph.input] == ["input"]
+    np.testing.assert_allclose(graph.run(found, X), expected(), atol=1e-4)
+
+
 def test_an_open_size_wants_a_shape(tmp_path: Path) -> None:
     axes = {"x": {0: "n", 2: "h", 3: "w"}, "y": {0: "n"}}
     path = save(tmp_path / "net.onnx", **free(dynamic_axes=axes))
