@@ -227,12 +227,11 @@ def show(bundle: Bundle) -> None:
     """The same for people, on stdout."""
     manifest, metrics = bundle.manifest, bundle.manifest.metrics
     table = Table(title=f"{bundle.path}  {manifest.arch}", title_justify="left")
-    exact = "FP32" if metrics.reference == "fp32" else "dequantized"
-    for heading in ("", exact, "INT8"):
+    for heading in ("", metrics.exact, "INT8"):
         table.add_column(heading, justify="right" if heading else "left")
     label = f"accuracy on {metrics.samples} held-out images"
     table.add_row(label, f"{metrics.fp32_accuracy:.2%}", f"{metrics.int8_accuracy:.2%}")
-    table.add_row(f"same top-1 as {exact}", "", f"{metrics.agreement:.2%}")
+    table.add_row(f"same top-1 as {metrics.exact}", "", f"{metrics.agreement:.2%}")
     for name, decibel in metrics.sqnr_db.items():
         table.add_row(f"SQNR of {name}", "", f"{decibel:.1f} dB")
     for name, attack in manifest.attacks.items():

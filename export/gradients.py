@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 import torch
 
@@ -16,9 +15,6 @@ from resq_deploy.export.heap import give_back
 from resq_deploy.export.twin import Twin
 
 _IMAGES = 2
-_STEP = (
-    0.1  # of the largest logit: what a code next to a rounding tie may move a quantized graph by
-)
 
 
 def obstacle(model: onnx.ModelProto, shape: Sequence[int]) -> str | None:
@@ -27,7 +23,7 @@ def obstacle(model: onnx.ModelProto, shape: Sequence[int]) -> str | None:
     `shape`: (C, H, W) of its input. Two images go forward, against ONNX Runtime, and backward: some operators
     are refused for an attribute, which only shows when they run.
     """
-    images = np.random.default_rng(0).random((_IMAGES, *shape), dtype=np.float32)
+    images = graph.noise(shape, _IMAGES)
     try:
         x = torch.from_numpy(images).requires_grad_()
         logits = Twin(model).eval()(x)
@@ -41,8 +37,8 @@ def obstacle(model: onnx.ModelProto, shape: Sequence[int]) -> str | None:
         give_back()
     rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     expected = graph.run(model, images, optimize=not rounds)
-    apart = float(np.abs(logits.detach().numpy() - expected).max(initial=0.0))
-    if not apart <= (_STEP if rounds else graph.PARITY) * max(1.0, float(np.abs(expected).max())):
+    apart = graph.apart(expected, logits.detach().numpy())
+    if not apart <= (graph.STEP if rounds else graph.PARITY):
         return f"the differentiable copy differs from ONNX Runtime by {apart:.3g}"
     return None
 

@@ -28,7 +28,6 @@ from resq_deploy.onnx_file import read_onnx
 Shape = tuple[int, int, int]
 
 OLDEST = 13  # opset; from here on operators mean what they mean today, and Q/DQ have channels
-_STEP = 0.1  # of the largest logit: what another order of sums may move a quantized graph by
 _DQ, _Q = "DequantizeLinear", "QuantizeLinear"
 _FUSED = frozenset(
     {
@@ -142,8 +141,8 @@ def to_fp32(source: Source, *, name: str, opset: int | None = None) -> onnx.Mode
         raise ModelError(
             f"the graph cannot be simplified: {_first(error)}", "check it with onnx.checker"
         ) from error
-    images = _noise(source.shape)
-    apart = _apart(graph.run(source.model, images), graph.run(model, images))
+    images = graph.noise(source.shape)
+    apart = graph.apart(graph.run(source.model, images), graph.run(model, images))
     if not apart <= graph.PARITY:
         raise ModelError(f"the simplified graph differs from the file by {apart:.3g}")
     return model
@@ -192,7 +191,7 @@ def _try_out(
     cut: bool,
 ) -> int:
     """Run what was made on two images, then on three, and hold it against the file; how many logits come out."""
-    images = _noise(shape)
+    images = graph.noise(shape)
     mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in normal)
     given = (images - mean) / std
     quantized = is_quantized(original)
@@ -219,8 +218,8 @@ def _try_out(
         )
     if not np.isfinite(logits).all():
         raise ModelError(f"{file} makes logits that are not finite", "check the file")
-    apart = _apart(expected, _softmax(logits) if cut else logits)
-    if not apart <= (_STEP if quantized else graph.PARITY):
+    apart = graph.apart(expected, _softmax(logits) if cut else logits)
+    if not apart <= (graph.STEP if quantized else graph.PARITY):
         raise ModelError(
             f"{file} with a free batch differs from itself by {apart:.3g}",
             "save it with a free batch: dynamic_axes or dynamic_shapes in torch.onnx.export",
@@ -258,23 +257,10 @@ def _first(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:160]
 
 
-def _noise(shape: Shape) -> NDArray[np.float32]:
-    return np.random.default_rng(0).random((3, *shape), dtype=np.float32)
-
-
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     found: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
     return found
-
-
-def _apart(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Largest difference, as a share of the largest logit (or of 1)."""
-    if expected.shape != found.shape:
-        return float("inf")
-    return float(np.abs(found - expected).max(initial=0.0)) / max(
-        1.0, float(np.abs(expected).max(initial=0.0))
-    )
 
 
 def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

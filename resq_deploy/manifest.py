@@ -100,6 +100,11 @@ class Metrics(Strict):
     sqnr_db: dict[str, float]
     reference: Reference = "fp32"
 
+    @property
+    def exact(self) -> str:
+        """What INT8 is held against, for a heading: `FP32`, `dequantized`."""
+        return "FP32" if self.reference == "fp32" else self.reference
+
 
 class Adjustment(Strict):
     """What stage III did (`steps`, in order) and what a measurement says it gained.

@@ -54,13 +54,12 @@ def contents(bundle: Bundle, found: Sequence[Layer], shown: int, measured: bool)
     """A bundle in short, and its most sensitive layers."""
     manifest = bundle.manifest
     metrics = manifest.metrics
-    exact = "FP32" if metrics.reference == "fp32" else "dequantized"
     size = "x".join(map(str, manifest.input.shape))
     yield Text(
         f"{manifest.name}: {manifest.arch}, input {size}, {len(manifest.classes)} classes", "bold"
     )
     yield Text(
-        f"accuracy on {metrics.samples:,} images: {exact} {metrics.fp32_accuracy:.2%}, "
+        f"accuracy on {metrics.samples:,} images: {metrics.exact} {metrics.fp32_accuracy:.2%}, "
         f"INT8 {metrics.int8_accuracy:.2%}, same answer {metrics.agreement:.2%}"
     )
     yield Text(_adjusted(bundle))

@@ -143,17 +143,7 @@ def interval_mark(figure: Figure, most: float) -> Safe:
     width = 120
     scale = (width - 12) / (most or 1.0)
     low, mid, high = (6 + min(v, most) * scale for v in (figure.low, figure.mean, figure.high))
-    return tag(
-        "svg",
-        tag("line", x1=6, x2=width - 6, y1=7, y2=7, class_="grid"),
-        tag("line", x1=low, x2=high, y1=7, y2=7, class_="span"),
-        tag("circle", cx=mid, cy=7, r=3.5, class_="dot"),
-        viewBox=f"0 0 {width} 14",
-        width=width,
-        height=14,
-        aria_hidden="true",
-        class_="mark-line",
-    )
+    return _mark_line(width, low, mid, high)
 
 
 def difference_mark(low: float, mid: float, high: float, most: float) -> Safe:
@@ -161,12 +151,17 @@ def difference_mark(low: float, mid: float, high: float, most: float) -> Safe:
     width = 160
     scale = (width / 2 - 6) / (most or 1.0)
     left, dot, right = (width / 2 + max(min(v, most), -most) * scale for v in (low, mid, high))
+    zero = tag("line", x1=width / 2, x2=width / 2, y1=1, y2=13, class_="tick")
+    return _mark_line(width, left, dot, right, zero)
+
+
+def _mark_line(width: int, low: float, mid: float, high: float, *marks: Safe) -> Safe:
     return tag(
         "svg",
         tag("line", x1=6, x2=width - 6, y1=7, y2=7, class_="grid"),
-        tag("line", x1=width / 2, x2=width / 2, y1=1, y2=13, class_="tick"),
-        tag("line", x1=left, x2=right, y1=7, y2=7, class_="span"),
-        tag("circle", cx=dot, cy=7, r=3.5, class_="dot"),
+        marks,
+        tag("line", x1=low, x2=high, y1=7, y2=7, class_="span"),
+        tag("circle", cx=mid, cy=7, r=3.5, class_="dot"),
         viewBox=f"0 0 {width} 14",
         width=width,
         height=14,
