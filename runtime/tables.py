@@ -25,7 +25,7 @@ from resq_deploy.runtime.plan import PlanMap
 
 _DASH = "\u2013"
 _ACROSS = 5  # bundles beside each other
-_NAMES = 53  # characters for their names, side by side
+_NAMES = 55  # characters for their names, side by side
 _WIDTH = 79
 
 
