@@ -14,14 +14,14 @@ import torch
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
-from resq_deploy.export import adjust as stage
-from resq_deploy.export import graph, qdq, verdict
-from resq_deploy.export.adjust import Adjusted, adjust, logits_of
+from resq_deploy.export import graph, qdq, stage, verdict
+from resq_deploy.export.adjust import Adjusted, adjust
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
 from resq_deploy.export.distill import Recipe, between, distill, draw
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.mixtures import Doubt
+from resq_deploy.export.stage import logits_of
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment

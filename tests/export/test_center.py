@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from resq_deploy.export import center, graph, qdq, ranges, rules
-from resq_deploy.export.adjust import logits_of
 from resq_deploy.export.calibrate import Probe, calibrate
 from resq_deploy.export.equalize import Moments
+from resq_deploy.export.stage import logits_of
 from resq_deploy.export.twin import Twin
 from resq_deploy.runtime.ort import OrtRunner
 from tests.export import nets

@@ -11,12 +11,13 @@ import torch
 from onnx import helper, numpy_helper
 
 from resq_deploy.export import graph, qdq, rules
-from resq_deploy.export.adjust import adjust, logits_of
+from resq_deploy.export.adjust import adjust
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
 from resq_deploy.export.distill import draw
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.split import Cost, Split, allocate, split
+from resq_deploy.export.stage import logits_of
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
 from resq_deploy.fault_models import parse, trial_rng
@@ -205,7 +206,7 @@ def test_faults_in_split_layers_run_as_in_all_others() -> None:
 def test_stage_three_splits_as_much_as_it_is_allowed(
     redundancy: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resq_deploy.export import adjust as stage
+    from resq_deploy.export import stage
 
     monkeypatch.setattr(stage, "_STEPS", (2, 2))
     monkeypatch.setattr(stage, "worthwhile", lambda *_: True)

@@ -1,0 +1,260 @@
+"""Stage III as a sequence of steps: each makes a graph of the one before, is measured, and is kept unless it loses.
+
+What the steps are is up to adjust.py (FP32 graphs) and readjust.py (files that are quantized already). Learning, the
+guard's measurements and the verdict are the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from resq_deploy.bundle import Sample
+from resq_deploy.console import Reporter
+from resq_deploy.errors import DataError
+from resq_deploy.export.calibrate import Probe
+from resq_deploy.export.craft import craft
+from resq_deploy.export.design import LEAST, Design
+from resq_deploy.export.distill import Recipe, between, distill
+from resq_deploy.export.fisher import flip_divergence
+from resq_deploy.export.guard import Guard, Scores
+from resq_deploy.export.heap import give_back
+from resq_deploy.export.mixtures import Doubt, Mixtures
+from resq_deploy.export.twin import Twin
+from resq_deploy.export.verdict import gains, objections, worthwhile
+from resq_deploy.export.work import work_per_image
+from resq_deploy.manifest import Adjustment
+from resq_deploy.metrics import top1
+
+Images = NDArray[np.float32]
+T = TypeVar("T")
+
+EPS = 8 / 255
+LOOKED_AT = 256  # images that the statistics of layers' inputs come from
+_HELD_OUT = 0.5  # of the images, to measure on; more to learn from brought nothing
+_MOST_HELD_OUT = 512
+_TRIALS = 30  # of flips that a graph is measured in, shared among the bit error rates
+_PRICED_ON = 64  # images that say which layers' flips hurt
+_WORK = 1.5e13  # multiply-accumulates that distillation may take: minutes on two cores
+_STEPS = (100, 480)  # the fewest of use, and the most
+_TAUGHT_BER = (
+    1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
+)
+_CLEAN_POWER = 1.0  # weight of the golden pass: (taught BER / design BER) ** this
+_SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
+_HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
+_PART = 16  # ... so many images go through a network with gradients at once
+_PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate(Generic[T]):
+    """One graph that may be deployed, what it was made of, and how it scored; `name`: the steps behind it."""
+
+    name: str
+    model: onnx.ModelProto
+    made_of: T
+    scores: Scores
+
+
+Step = Callable[[Candidate[T]], tuple[Candidate[T], dict[str, Any]]]
+
+
+class Stage(Generic[T]):
+    """Images to learn from and to judge by, and what every step needs.
+
+    `fp32`: the judge and the teacher; `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1], half of
+    them (512 at most) held out to measure on; `eps`: L-inf budget of attacks, pixels of [0, 1].
+    Raises DataError for fewer than 16 images, ModelError for a network without a twin (see gradients.obstacle).
+    """
+
+    def __init__(
+        self,
+        fp32: onnx.ModelProto,
+        images: Images,
+        design: Design,
+        eps: float,
+        seed: int,
+        threads: int | None,
+        reporter: Reporter | None,
+    ) -> None:
+        if len(images) < LEAST:
+            raise DataError(
+                f"{len(images)} calibration images", f"stage III needs at least {LEAST}"
+            )
+        self.fp32, self.design, self.ber = fp32, design, design.ber
+        self.eps, self.seed, self.threads = eps, seed, threads
+        self.say = reporter or Reporter()
+        self.teacher = Twin(fp32)
+        order = np.random.default_rng(seed).permutation(len(images))
+        kept = min(round(len(images) * _HELD_OUT), _MOST_HELD_OUT)
+        self.learn, held_out = images[order[kept:]], images[order[:kept]]
+        self.work = work_per_image(fp32)
+        self.heavy = self.work > _HEAVY
+        bers = tuple(
+            sorted({self.ber, *(max(self.ber, min(k * self.ber, _TAUGHT_BER)) for k in (3, 10))})
+        )
+        self.guard = Guard(
+            held_out,
+            logits_of(fp32, [held_out], threads),
+            Doubt.find(held_out, self._logits, seed),
+            bers,
+            eps,
+            trials=_TRIALS // len(bers),
+            attacked=min(len(held_out), 64 if self.heavy else 128),
+            seed=seed,
+            threads=threads,
+            part=_PART if self.heavy else 128,
+            say=self.say,
+        )
+        self._adversarial: Images | None = None
+
+    def run(
+        self, int8: onnx.ModelProto, made_of: T, steps: Sequence[tuple[str, Step[T]]]
+    ) -> tuple[Candidate[T], Adjustment]:
+        """All steps, of which the last learns; the best graph of `int8` and what came of it, and the record."""
+        plain = self.scored("plain", int8, made_of)
+        self._tell(plain)
+        kept, told = [plain], []
+        for name, step in steps:
+            base = kept[-1]
+            give_back()
+            candidate, found = step(base)
+            told.append({"step": name, **found} | self._judge(candidate, kept))
+        for share in _SHARES if kept[-1] is not candidate else ():
+            model = between(base.model, candidate.model, share)
+            part = self.scored(f"{candidate.name} x {share}", model, base.made_of)
+            told.append({"step": "back off", "share": share} | self._judge(part, kept))
+            if kept[-1] is part:
+                break
+        return self._chosen(kept, told)
+
+    def scored(self, name: str, model: onnx.ModelProto, made_of: T) -> Candidate[T]:
+        """A graph with its scores."""
+        give_back()
+        return Candidate(name, model, made_of, self.guard.measure(model, name))
+
+    def prices(self, base: Candidate[T]) -> dict[str, float]:
+        """Weight -> nats that its flips at the design BER are expected to cost (fisher.py)."""
+        return flip_divergence(base.model, self.learn[:_PRICED_ON], self.ber, seed=self.seed)
+
+    def distilled(self, base: Candidate[T]) -> tuple[Candidate[T], dict[str, Any]]:
+        """The step that learns (distill.py), in as many steps as its budget allows."""
+        fewest, most = _STEPS
+        taught = max(self.ber, _TAUGHT_BER)
+        recipe = Recipe(
+            ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER, part=_PART if self.heavy else 64
+        )
+        each = self.work * recipe.batch * _PASSES / _WORK
+        recipe = replace(recipe, steps=min(int(self.design.effort / each), most))
+        if recipe.steps < fewest:
+            why = f"{recipe.steps} steps fit into its budget, {fewest} are the fewest that teach"
+            self.say.log(f"distillation is left out: {why} (effort {fewest * each:.2g})")
+            return base, {"steps": 0}
+        images = np.concatenate([self.learn, self.attacked()])
+        model, recipe = distill(
+            base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say
+        )
+        told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
+        return self.scored(after(base, "distilled"), model, base.made_of), told
+
+    def attacked(self) -> Images:
+        """Adversarial versions of some of the images to learn from, made once, through FP32."""
+        if self._adversarial is None:
+            count = min(len(self.learn), 64 if self.heavy else 512)
+            images = self.learn[:count]
+            labels = top1(logits_of(self.fp32, [images], self.threads))
+            sample = Sample(images, labels, np.arange(count))
+            self._adversarial = craft(
+                self.teacher,
+                sample,
+                "pgd",
+                self.eps,
+                steps=5,
+                batch=_PART if self.heavy else 128,
+                seed=self.seed,
+                reporter=self.say,
+            )
+        return self._adversarial
+
+    def _chosen(
+        self, kept: list[Candidate[T]], steps: list[dict[str, Any]]
+    ) -> tuple[Candidate[T], Adjustment]:
+        """The last of those kept that clearly gained on the ones before; plain where it gains too little."""
+        plain = best = kept[0]
+        for candidate in kept:
+            best = candidate if gains(candidate.scores, best.scores) else best
+        best = best if worthwhile(best.scores, plain.scores) else plain
+        self.say.log(f"stage III keeps: {best.name}")
+        record = Adjustment(
+            applied=best is not plain,
+            design_ber=self.ber,
+            steps=tuple(steps),
+            measured={
+                "kept": best.name,
+                "held_out": len(self.guard.images),
+                "trials": self.guard.trials * len(self.guard.bers),
+                "bers": list(self.guard.bers),
+                "attack": f"pgd-{self.guard.steps}, eps={self.eps:.5g}, {self.guard.attacked} images",
+                "plain": plain.scores.summary(),
+                "adjusted": best.scores.summary(),
+            },
+        )
+        return best, record
+
+    def _logits(self, batches: Mixtures) -> NDArray[np.float32]:
+        """FP32's logits, with progress."""
+        with self.say.task("looking where FP32 hesitates", len(batches), "mixtures") as task:
+
+            def seen() -> Iterator[Images]:
+                for images in batches:
+                    yield images
+                    task.advance(len(images))
+
+            return logits_of(self.fp32, seen(), self.threads)
+
+    def _judge(self, candidate: Candidate[T], kept: list[Candidate[T]]) -> dict[str, Any]:
+        """What the manifest says of a step; joins what is kept, unless it loses something or is nothing new."""
+        summary = candidate.scores.summary()
+        if candidate is kept[-1]:
+            return {"kept": True, "loses": [], "measured": summary}
+        against = objections(candidate.scores, [other.scores for other in kept])
+        self._tell(candidate, against)
+        if not against:
+            kept.append(candidate)
+        return {"kept": not against, "loses": against, "measured": summary}
+
+    def _tell(self, candidate: Candidate[T], against: Sequence[str] = ()) -> None:
+        found = candidate.scores.summary()
+        self.say.log(
+            f"{candidate.name}: agreement {found['agreement']:.4f}, on mixtures {found['agreement_mixtures']:.4f}, "
+            f"under flips {found['faulty_agreement']:.4f}"
+            f"{', loses ' + '; '.join(against) if against else ''}"
+        )
+
+
+def after(base: Candidate[Any], step: str) -> str:
+    """What a graph is called that comes of `base` by one more step."""
+    return step if base.name == "plain" else f"{base.name}, {step}"
+
+
+def logits_of(
+    fp32: onnx.ModelProto, batches: Iterable[Images], threads: int | None
+) -> NDArray[np.float32]:
+    """FP32 logits by ONNX Runtime: float32 [N, classes]."""
+    output = fp32.graph.output[0].name
+    probe = Probe(fp32, [output], threads)
+    parts = [values[output] for images in batches for _, values in probe.run(images)]
+    logits: NDArray[np.float32] = np.concatenate(parts)
+    return logits
+
+
+def split_told(copies: Mapping[str, int], work: float, cost: Mapping[str, float]) -> dict[str, Any]:
+    """What the manifest says of split layers: copies by weight, the share of work added, what flips were priced at."""
+    nats = {name: float(f"{value:.3g}") for name, value in cost.items()}
+    return {"copies": dict(copies), "work": round(work, 4), "divergence": nats}
