@@ -1,8 +1,9 @@
 """MODEL.onnx, quantized by whatever tool -> what a bundle is made of: the artifact as it is, beside its reference.
 
-The artifact is validated like one of ours: the same faults, attacks and figures. It is not adjusted, and nothing in
-it is quantized again. What it is compared with is the network that it was made of, if that is given; else the same
-weights without the rounding of activations, which is all that the file tells.
+The artifact is validated like one of ours: the same faults, attacks and figures. Nothing in it is quantized again, and
+its weights are adapted to bit flips only where that is asked for (readjust.py). What it is compared with is the network
+that it was made of, if that is given; else the same weights without the rounding of activations, which is all that
+the file tells.
 """
 
 from __future__ import annotations
@@ -17,12 +18,24 @@ from numpy.typing import NDArray
 from resq_deploy.bundle import sha256_of
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError, ModelError
-from resq_deploy.export import formats, gradients, graph, onnx_ends, onnx_source, qdq_file
+from resq_deploy.export import (
+    formats,
+    gradients,
+    graph,
+    onnx_ends,
+    onnx_source,
+    qdq_file,
+    samples,
+)
+from resq_deploy.export.design import Design
 from resq_deploy.export.load import LoadedModel
 from resq_deploy.export.onnx_source import Source
+from resq_deploy.export.readjust import readjust
 from resq_deploy.export.samples import Drawn
+from resq_deploy.export.stage import EPS
 from resq_deploy.export.writing import Made
 from resq_deploy.manifest import Adjustment, Reference
+from resq_deploy.memory import fault_space
 from resq_deploy.metrics import sqnr_db
 
 Normal = tuple[Sequence[float] | None, Sequence[float] | None]  # mean and std
@@ -41,14 +54,20 @@ def adopt(
     *,
     told: Normal | None = None,
     bare: LoadedModel | None = None,
+    design: Design | None = None,
+    eps: float = EPS,
+    seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Made:
     """A quantized graph and its reference. `network`: the loaded reference, or the loaded file itself.
 
+    `design`: what stage III adjusts its weights to, None to leave them; `eps`, `seed`: as in readjust.
+
     `told`: mean and std as the user gave them. A reference that is a checkpoint knows its own, so they are the file's;
     of any other, `network` has them in front and `bare` has not, and which of file and reference wants them is found
     out: what gives the closest logits. Raises ModelError for a file that is no such graph, or that is of another shape
-    or number of classes than the reference; AttackError as gradients.settle.
+    or number of classes than the reference, or that has no weight which a `design` could change; AttackError as
+    gradients.settle.
     """
     say = reporter or Reporter()
     reference: Reference = "fp32"
@@ -69,18 +88,31 @@ def adopt(
             f"{file} quantizes its Softmax: answers can tie, and gradients of them are small;"
             " leave the Softmax out of what is quantized where you can"
         )
-    record = {k: v for k, v in drawn.record.items() if k.startswith("eval_")}
+    why = gradients.settle(int8, network.input_shape, wanted, say)
+    record = Adjustment(applied=False, reason=REASON)
+    seen = {k: v for k, v in drawn.record.items() if k.startswith("eval_")}
+    seen |= {"samples": 0, "by": "the tool that quantized the file"}
+    if design is not None:
+        _check_adjustable(file, int8)
+        lack = why or _obstacle(fp32, network.input_shape, say)
+        record = Adjustment(applied=False, reason=lack)
+        if lack is None:
+            seen = {**drawn.record, "by": "the tool that quantized the file; these are stage III's"}
+            images = samples.as_sample(drawn.calibration).images
+            int8, record = readjust(
+                int8, fp32, images, design=design, eps=eps, seed=seed, reporter=say
+            )
     return Made(
         fp32,
         int8,
         int8,
         qdq_file.listing(int8),
-        Adjustment(applied=False, reason=REASON),
-        obstacle=gradients.settle(int8, network.input_shape, wanted, say),
+        record,
+        obstacle=why,
         mean=source.mean,
         std=source.std,
         sha256=sha256_of(file),
-        calibration={"samples": 0, "by": "the tool that quantized the file", **record},
+        calibration=seen,
         reference=reference,
     )
 
@@ -142,6 +174,24 @@ def _canonical(file: Path, source: Source) -> onnx.ModelProto:
             "fold them before: onnxruntime's quant_pre_process, or onnxsim",
         )
     return int8
+
+
+def _check_adjustable(file: Path, int8: onnx.ModelProto) -> None:
+    """Raise ModelError for a graph without a weight that stage III could change."""
+    weights = fault_space(int8).select(kinds=("weights",)).memories
+    if not any(memory.value.dtype == np.int8 for memory in weights):
+        raise ModelError(
+            f"{file} has no signed INT8 weights, and stage III changes no others",
+            "quantize its weights to INT8, or leave out --adjust",
+        )
+
+
+def _obstacle(fp32: onnx.ModelProto, shape: tuple[int, int, int], say: Reporter) -> str | None:
+    """Why the reference cannot teach, after a warning."""
+    why = gradients.obstacle(fp32, shape)
+    if why is not None:
+        say.warn(f"{why}: stage III is left out, and the file is taken as it is")
+    return why
 
 
 def check_engines(int8: onnx.ModelProto, targets: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ def check_design(design: Design, adjust: bool) -> None:
 def check_taken(
     file: Path,
     taken: bool,
+    adjust: bool,
     reference: str | os.PathLike[str] | None,
     design: Design,
     high_precision: str,
@@ -65,10 +66,15 @@ def check_taken(
         raise ModelError(
             f"--reference {reference} is quantized itself", "give the float network it was made of"
         )
-    if taken and (design != Design() or high_precision != "fp32" or opset is not None):
+    if taken and (high_precision != "fp32" or opset is not None):
+        raise ModelError(
+            f"{file} is quantized already, and keeps its opset and what is float in it",
+            "leave out --high-precision and --opset",
+        )
+    if taken and not adjust and design != Design():
         raise ModelError(
             f"{file} is quantized already, and taken as it is",
-            "leave out --design-ber, --redundancy, --effort, --high-precision and --opset",
+            "--adjust lets stage III change its weights; or leave out --design-ber, --redundancy and --effort",
         )
 
 

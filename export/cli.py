@@ -123,7 +123,12 @@ class _Recorded(click.Command):
     help="Of what stays float.",
 )
 @click.option("--design-ber", type=float, default=1e-3, show_default=True, help="Of stage III.")
-@click.option("--adjust/--no-adjust", default=True, show_default=True, help="Run stage III.")
+@click.option(
+    "--adjust/--no-adjust",
+    default=None,
+    show_default="--adjust, but for a quantized .onnx",
+    help="Run stage III; in a quantized .onnx it changes codes and scales of weights.",
+)
 @click.option(
     "--redundancy",
     type=click.FloatRange(0),
@@ -182,7 +187,8 @@ def export(
 
     MODEL: a checkpoint of resq-harden, a state_dict with --arch, a TorchScript archive, a
     torch.export .pt2, or a float .onnx. An .onnx that any tool quantized (Q/DQ) is taken as it
-    is. Or a bundle, to which the engines of --target are added.
+    is, or with --adjust its weights are adapted to bit flips. Or a bundle, to which the engines of
+    --target are added.
     """
     say, engine = Reporter(quiet=quiet), take_engine_options(options)
     if model.is_dir():

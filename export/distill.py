@@ -13,7 +13,7 @@ learning them as well brought nothing (docs/stage-3.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_deploy.console import Reporter
-from resq_deploy.export import fold
+from resq_deploy.export import fold, rules
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import FaultSpace, Flips
 from resq_deploy.memory import fault_space
@@ -94,9 +94,10 @@ def _teach(
     say: Reporter,
 ) -> bool:
     """All steps; whether the golden pass stayed near the teacher."""
-    space = fault_space(twin.to_model())
+    model = twin.to_model()
+    space = fault_space(model)
     weights = space.select(kinds=("weights",))
-    optimizer = torch.optim.Adam(_groups(twin, space, recipe))
+    optimizer = torch.optim.Adam(_groups(twin, space, _channels(model.graph), recipe))
     most = 0.0
     with say.task("distilling", recipe.steps, "steps") as task:
         for step, batch in enumerate(batches(images, recipe, rng)):
@@ -153,21 +154,35 @@ def _learn(twin: Twin, batch: Tensor, target: Tensor, part: int, weight: float =
     return total
 
 
-def _groups(twin: Twin, space: FaultSpace, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups: a shadow is in code units, and so is its rate."""
+def _groups(
+    twin: Twin, space: FaultSpace, channels: Mapping[str, int], recipe: Recipe
+) -> list[dict[str, Any]]:
+    """Parameter groups: a shadow is in code units, and so is its rate. `channels`: of the output, by weight."""
     found: list[dict[str, Any]] = []
     for memory in space.memories:
-        if memory.kind not in ("weights", "bias"):
+        if memory.kind not in ("weights", "bias") or not twin.can_learn(memory.name):
             continue
         (shadow,) = twin.learnable([memory.name]).values()
         rate = recipe.bias_rate
         if memory.kind == "weights":
             codes = shadow.detach()
-            inputs = codes.numel() / max(
-                len(twin.parameters_by_initializer[f"{memory.name}.scale"]), 1
-            )
+            inputs = codes.numel() / channels[memory.name]
             rate = recipe.rate * float(codes.square().mean().sqrt()) / inputs**0.5
         found.append({"params": [shadow], "lr": rate, "start": rate})
+    return found
+
+
+def _channels(graph: onnx.GraphProto) -> dict[str, int]:
+    """Weight codes -> output channels of the layer they are for; of another node, the number of its scales."""
+    arrays, readers = fold.initializers(graph), fold.consumers(graph)
+    found = {}
+    for dq in graph.node:
+        if dq.op_type == "DequantizeLinear" and dq.input[0] in arrays:
+            dims = arrays[dq.input[0]].dims
+            found[dq.input[0]] = max(int(np.prod(arrays[dq.input[1]].dims)), 1)
+            for reader, place in readers.get(dq.output[0], ()):
+                if reader.op_type in rules.WEIGHTED and place == 1:
+                    found[dq.input[0]] = dims[rules.output_axis(reader, len(dims))]
     return found
 
 

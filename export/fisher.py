@@ -37,12 +37,13 @@ _AT_ONCE = 16  # images of which all activations are held
 def flip_divergence(
     int8: onnx.ModelProto, images: Images, ber: float, *, seed: int = 0
 ) -> dict[str, float]:
-    """Weight -> the divergence in nats that flips of its codes at this BER are expected to cost.
+    """INT8 weight -> the divergence in nats that flips of its codes at this BER are expected to cost.
 
     `images`: float32 [N, C, H, W] in [0, 1], no labels: they are drawn from the network's own answers.
     """
     twin = Twin(int8).eval()
-    names = [m.name for m in fault_space(int8).select(kinds=("weights",)).memories]
+    weights = fault_space(int8).select(kinds=("weights",)).memories
+    names = [memory.name for memory in weights if twin.can_learn(memory.name)]
     codes = twin.learnable(names)
     sums = dict.fromkeys(names, 0.0)
     generator = torch.Generator().manual_seed(seed)

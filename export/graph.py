@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold, footprint, names
+from resq_deploy.runtime.cpu import saturates
 from resq_deploy.runtime.graph import has_zero_points
 
 OPSETS = range(17, 22)
@@ -176,14 +177,16 @@ def run(
     """Logits of images by ONNX Runtime on the CPU: float32 [N, C, H, W] in [0, 1] -> float32 [N, classes].
 
     `batch`: images at once; default: 256, or as many as a quarter of a GiB of activations allows. `optimize`: whether
-    ONNX Runtime may fuse nodes; it never does in a graph whose zero points are left out.
+    ONNX Runtime may fuse nodes; it never does in a graph whose zero points are left out, nor in a Q/DQ graph on a
+    CPU whose byte products saturate: figures would be of that CPU, not of the file.
     """
     import onnxruntime as ort
 
     size = batch or footprint.run_batch(model)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails raises
-    if not (optimize and has_zero_points(model)):
+    rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if not (optimize and has_zero_points(model)) or (rounds and saturates()):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -42,7 +42,9 @@ class Scores:
     """What one graph is worth on the held-out images, per image float64 [N]; `divergence` in nats.
 
     `clean`, `attacked`: values in [0, 1] (attacked: fewer images); `faulty`: [bit error rates, N], the means over
-    the trials of each; `agreement`: share of images whose top-1 is FP32's, without flips;
+    the trials of each; `worth`: [bit error rates, trials], the means over the images; `bits`: of the memory that
+    flips fall on, which are the same flips for graphs that have as many; `agreement`: share of images whose
+    top-1 is FP32's, without flips;
     `disagreement`: share of mixtures of two images for which it is not, smoothed;
     `divergence`: mean KL from FP32 under flips; `trials`: share of each trial's images that agree with FP32.
     """
@@ -51,6 +53,8 @@ class Scores:
     agreement: float
     disagreement: float
     faulty: Values
+    worth: Values
+    bits: int
     trials: Values
     divergence: float
     attacked: Values
@@ -111,6 +115,8 @@ class Guard:
             agreement=float((top1(clean) == best).mean()),
             disagreement=disagreement,
             faulty=values.reshape(len(self.bers), self.trials, -1).mean(axis=1),
+            worth=values.mean(axis=1).reshape(len(self.bers), self.trials),
+            bits=golden_space.size,
             trials=np.array([(top1(logits) == best).mean() for logits in faulty]),
             divergence=float(np.mean([_kl(self.reference, logits) for logits in faulty])),
             attacked=(top1(attacked) == best[: len(attacked)]).astype(np.float64),

@@ -67,25 +67,27 @@ def layers(fp32: onnx.ModelProto, where: rules.Plan) -> list[Layer]:
     found = []
     for weight in where.weights:
         node, dims = nodes[weight.node], tuple(arrays[weight.name].dims)
-        layer = _layer(node, weight, dims, len(shapes.get(node.input[0], ())))
-        if layer is not None and layer.inputs <= MOST_INPUTS:
+        layer = layer_of(node, weight.name, weight.axis, dims, len(shapes.get(node.input[0], ())))
+        if layer is not None:
             found.append(layer)
     return found
 
 
-def _layer(
-    node: onnx.NodeProto, weight: rules.Weight, dims: tuple[int, ...], rank: int
+def layer_of(
+    node: onnx.NodeProto, weight: str, axis: int, dims: tuple[int, ...], rank: int
 ) -> Layer | None:
+    """A node as a layer; `dims`: of its weight, `rank`: of what it reads. None for one without rows, or with wider."""
     given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    inputs = int(np.prod(dims)) // dims[weight.axis]
+    inputs = int(np.prod(dims)) // dims[axis]
+    if inputs > MOST_INPUTS:
+        return None
     if node.op_type == "Conv" and len(dims) == 4 and given.get("auto_pad", b"NOTSET") == b"NOTSET":
         defaults = {"pads": (0, 0, 0, 0), "strides": (1, 1), "dilations": (1, 1)}
         window = Window(dims[2:], *(tuple(given.get(n, v)) for n, v in defaults.items()))
-        groups = given.get("group", 1)
-        return Layer(weight.name, node.input[0], weight.axis, groups, inputs, window)
+        return Layer(weight, node.input[0], axis, given.get("group", 1), inputs, window)
     product = node.op_type == "MatMul" or (node.op_type == "Gemm" and not given.get("transA", 0))
     if product and len(dims) == 2 and rank >= 2:
-        return Layer(weight.name, node.input[0], weight.axis, 1, inputs, None)
+        return Layer(weight, node.input[0], axis, 1, inputs, None)
     return None
 
 

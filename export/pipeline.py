@@ -77,7 +77,7 @@ def export_model(
     engine: EngineOptions | None = None,
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
-    adjust: bool = True,
+    adjust: bool | None = None,
     redundancy: float = REDUNDANCY,
     effort: float = EFFORT,
     opset: int | None = None,
@@ -102,7 +102,8 @@ def export_model(
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
-    to bit flips at `design_ber`, with a `redundancy` and an `effort` as in design.py.
+    to bit flips at `design_ber`, with a `redundancy` and an `effort` as in design.py; None: unless the file is
+    quantized already, whose codes and scales of weights it would change (readjust.py).
     `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first `attack_samples` of the held-out sample;
     None: fgsm and pgd. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
     inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
@@ -121,12 +122,12 @@ def export_model(
     requests(targets, batch, sm, builder)
     design = Design(design_ber, redundancy, effort)
     taken = formats.is_quantized(file)
-    asked.check_taken(file, taken, reference, design, high_precision, opset)
+    adjusts = not taken if adjust is None else adjust
+    asked.check_taken(file, taken, adjusts, reference, design, high_precision, opset)
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     asked.check_attacks(attacks or (), eps, faulty, faulty_trials)
     asked.check_precision(high_precision, opset)
-    asked.check_design(design, adjust)
-    adjusts = adjust and not taken
+    asked.check_design(design, adjusts)
     asked.check_calibration(calib_samples, adjusts)
     plain = map(white_box, ATTACKS if attacks is None else attacks)
     crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
@@ -155,7 +156,18 @@ def export_model(
     wanted = gradients.Wanted(named, bool(crafts), adjusts)
     if taken:
         told = None if mean is None and std is None else (mean, std)
-        made = adopt(file, loaded, drawn, wanted, told=told, bare=bare, reporter=say)
+        made = adopt(
+            file,
+            loaded,
+            drawn,
+            wanted,
+            told=told,
+            bare=bare,
+            design=design if adjusts else None,
+            eps=parse_eps(eps),
+            seed=seed,
+            reporter=say,
+        )
         check_engines(made.int8, targets)
     else:
         made = _quantized(
@@ -163,7 +175,7 @@ def export_model(
             drawn,
             wanted,
             high_precision,
-            design if adjust else None,
+            design if adjusts else None,
             parse_eps(eps),
             opset,
             seed,

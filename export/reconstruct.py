@@ -14,7 +14,7 @@ descent on the grid, which rounds and makes up for cut weights in one (compare Q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -59,24 +59,48 @@ def reconstruct(
     """
     where = rules.plan(fp32, half=half_scales)
     arrays = fold.initializers(fp32.graph)
-    scales: dict[str, NDArray[np.float32]] = {}
-    codes: dict[str, NDArray[np.int8]] = {}
-    shrunk: dict[str, float] = {}
+
+    def weights(layer: Layer) -> NDArray[np.float32]:
+        return numpy_helper.to_array(arrays[layer.weight])
+
     found = layers(fp32, where)
-    with (reporter or Reporter()).task("reconstructing", len(found), "layers") as task:
-        for layer, moments in second_moments(fp32, found, ranges, images, seed, threads):
-            weights = numpy_helper.to_array(arrays[layer.weight])
-            full = quantization.weight_scales(weights, layer.axis)
-            options = (np.float32(factor) * full for factor in FACTORS)
-            tried = [as_half_scales(scale) if half_scales else scale for scale in options]
-            scale, code = _channels(layer, weights, tried, moments, SHARE * ber)
-            scales[layer.weight], codes[layer.weight] = scale, code
-            shrunk[layer.weight] = round(float((scale / full).mean()), 3)
-            task.advance(1)
+    matrices = second_moments(fp32, found, ranges, images, seed, threads)
+    scales, codes, shrunk = choose(
+        len(found), matrices, weights, ber, half_scales=half_scales, reporter=reporter
+    )
     model = qdq.quantize_graph(
         fp32, ranges, where=where, weight_scales=scales, codes=codes, half_scales=half_scales
     )
     return model, shrunk
+
+
+def choose(
+    count: int,
+    matrices: Iterable[tuple[Layer, Tensor]],
+    weights: Callable[[Layer], NDArray[np.float32]],
+    ber: float,
+    *,
+    half_scales: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int8]], dict[str, float]]:
+    """By weight: scales, codes, and the mean factor that the scales fell by.
+
+    `matrices`: `count` layers with E[x x^T], which is damped in place; `weights`: what codes are to stand for.
+    """
+    scales: dict[str, NDArray[np.float32]] = {}
+    codes: dict[str, NDArray[np.int8]] = {}
+    shrunk: dict[str, float] = {}
+    with (reporter or Reporter()).task("reconstructing", count, "layers") as task:
+        for layer, moments in matrices:
+            values = weights(layer)
+            full = quantization.weight_scales(values, layer.axis)
+            options = (np.float32(factor) * full for factor in FACTORS)
+            tried = [as_half_scales(scale) if half_scales else scale for scale in options]
+            scale, code = _channels(layer, values, tried, moments, SHARE * ber)
+            scales[layer.weight], codes[layer.weight] = scale, code
+            shrunk[layer.weight] = round(float((scale / full).mean()), 3)
+            task.advance(1)
+    return scales, codes, shrunk
 
 
 def _channels(

@@ -69,6 +69,10 @@ class Cost:
     layer: float
     copy: float
 
+    def of(self, copies: int) -> float:
+        """What `copies` add, 2 or more."""
+        return self.layer * (copies - 1) + self.copy * copies
+
     def doubling(self, copies: int) -> float:
         """Of 2k copies instead of k; the first two are both written, one alone is not."""
         return (self.layer + self.copy) * copies + (self.copy if copies == 1 else 0.0)

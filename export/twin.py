@@ -107,6 +107,10 @@ class Twin(nn.Module):
         """
         return {name: self._shadow(name) for name in names}
 
+    def can_learn(self, name: str) -> bool:
+        """Whether an initializer can be made learnable: INT8 codes and float32 values can."""
+        return self._buffer(name).dtype in (torch.int8, torch.float32)
+
     def freeze(self) -> None:
         """End learning: write what the shadows round to into the codes, and require no gradient any more."""
         with torch.no_grad():
@@ -168,7 +172,7 @@ class Twin(nn.Module):
 
     def _shadow(self, name: str) -> nn.Parameter:
         buffer, shadow = self._buffer(name), self._learned(name)
-        if buffer.dtype not in (torch.int8, torch.float32):
+        if not self.can_learn(name):
             raise ModelError(f"{name} is {buffer.dtype}, which cannot be learned")
         if shadow is None:
             shadow = nn.Parameter(buffer.detach().float().clone())

@@ -1,10 +1,13 @@
 """What stage III keeps: scores of adjusted graphs (guard.py) against those of plain INT8, and of each other.
 
 A loss must be clear before it counts against a graph, and a gain before it counts for one: both are chance otherwise.
+Graphs with as much memory meet the same flips, so that images alone are chance; where a layer was split, the draw of
+flips is too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,23 +29,28 @@ def objections(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
     """Where a candidate loses, at any of the bit error rates; nothing where it may be kept.
 
     `kept`: scores of plain INT8 and of the steps kept since: values are held against plain INT8's, agreement against
-    the best of them.
+    the best of them, and values under flips against the first that met the same flips, else plain INT8's.
     """
     plain = kept[0]
+    alike = next((scores for scores in kept if scores.bits == candidate.bits), plain)
+    pairs = [(alike.faulty[row], candidate.faulty[row]) for row in range(len(candidate.faulty))]
     compared = [
-        ("clean", plain.clean, candidate.clean, LOST),
-        *(("faulty", *pair, 0.0) for pair in zip(plain.faulty, candidate.faulty, strict=True)),
-        ("attacked", plain.attacked, candidate.attacked, LOST),
+        ("clean", plain.clean, candidate.clean, LOST, 0.0),
+        *(
+            ("faulty", *pair, 0.0, _scatter(candidate, alike, [row]))
+            for row, pair in enumerate(pairs)
+        ),
+        ("attacked", plain.attacked, candidate.attacked, LOST, 0.0),
     ]
     found = []
-    for name, before, after, tolerance in compared:
+    for name, before, after, tolerance, scatter in compared:
         if before.size == 0:
             continue
         mean, error = _paired(after, before)
-        if mean < -tolerance - _Z * error:
+        if mean < -tolerance - _Z * math.hypot(error, scatter):
             found.append(f"{name} {before.mean():.4f} -> {after.mean():.4f}")
     best = min(scores.disagreement for scores in kept)
-    mean, error = _paired(candidate.faulty[0], kept[-1].faulty[0])
+    mean, error = _change(candidate, kept[-1], [0])
     bought = max(0.0, mean - _Z_GAIN * error) / PRICE
     if candidate.disagreement > max(HARDER * (1 - AGREEMENT), WORSE * best) + HARDER * bought:
         found.append(f"agreement on mixtures {1 - best:.4f} -> {1 - candidate.disagreement:.4f}")
@@ -51,7 +59,7 @@ def objections(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
 
 def gains(candidate: Scores, other: Scores) -> bool:
     """Whether a candidate is clearly worth more under flips than another."""
-    mean, error = _paired(candidate.faulty.mean(axis=0), other.faulty.mean(axis=0))
+    mean, error = _change(candidate, other, range(len(other.faulty)))
     return mean > _Z_GAIN * error
 
 
@@ -63,6 +71,21 @@ def worthwhile(candidate: Scores, plain: Scores) -> bool:
     gained = float(candidate.faulty.mean() - plain.faulty.mean())
     lost = float(plain.clean.mean() - plain.faulty.mean())
     return lost >= LEAST and gains(candidate, plain) and gained > WORTH * lost
+
+
+def _change(after: Scores, before: Scores, rows: Sequence[int]) -> tuple[float, float]:
+    """Mean change under flips at these bit error rates, and its standard error."""
+    mean, error = _paired(after.faulty[rows].mean(axis=0), before.faulty[rows].mean(axis=0))
+    return mean, math.hypot(error, _scatter(after, before, rows))
+
+
+def _scatter(after: Scores, before: Scores, rows: Sequence[int]) -> float:
+    """Standard error of that change from one draw of flips to another; 0 where both graphs met the same flips."""
+    if after.bits == before.bits:
+        return 0.0
+    worths = [scores.worth[rows] for scores in (after, before)]
+    shares = sum(float((w.var(axis=1, ddof=1) / w.shape[1]).sum()) for w in worths)
+    return math.sqrt(shares) / len(rows)
 
 
 def _paired(after: Values, before: Values) -> tuple[float, float]:

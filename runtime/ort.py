@@ -15,21 +15,21 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.faults import Flips, Memory, TensorFlips, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.onnx_file import read_onnx
-from resq_deploy.runtime.forms import MS, Lowered
+from resq_deploy.runtime.cpu import saturates
+from resq_deploy.runtime.forms import Lowered
 from resq_deploy.runtime.graph import Graph, has_zero_points, sane_scale
 from resq_deploy.runtime.lower import lower_graph
 from resq_deploy.runtime.runner import Images, Logits, Runner
@@ -265,24 +265,10 @@ def _mode(exact: bool, model: onnx.ModelProto) -> str:
     stock = "stock" if has_zero_points(model) else "plain"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return stock
-    if _saturates():
+    if saturates():
         return "plain"
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
     return stock if half else "lowered"  # the byte kernels know float32 scales only
-
-
-@lru_cache(maxsize=1)
-def _saturates() -> bool:
-    """Whether this CPU's U8 x S8 products saturate in 16 bits (AVX2 without VNNI: 255 * 127 * 2)."""
-    a, b = np.full((2, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
-    info = [("a", onnx.TensorProto.UINT8), ("y", onnx.TensorProto.INT32)]
-    x, y = (helper.make_tensor_value_info(name, kind, None) for name, kind in info)
-    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
-    graph = helper.make_graph([node], "probe", [x], [y], [numpy_helper.from_array(b, "b")])
-    versions = [helper.make_opsetid("", 17), helper.make_opsetid(MS, 1)]
-    model = helper.make_model(graph, opset_imports=versions, ir_version=8)
-    session = open_session(model.SerializeToString(), session_options(1))
-    return bool(np.any(session.run(None, {"a": a})[0] != 255 * 127 * 64))
 
 
 def _image_shape(graph: Graph) -> tuple[int, int, int]:

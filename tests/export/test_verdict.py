@@ -12,7 +12,11 @@ from resq_deploy.export.verdict import gains, objections, worthwhile
 
 
 def scores(
-    clean: float = 1.0, faulty: float = 0.8, attacked: float = 0.5, differ: float = 0.01
+    clean: float = 1.0,
+    faulty: float = 0.8,
+    attacked: float = 0.5,
+    differ: float = 0.01,
+    bits: int = 8,
 ) -> Scores:
     ones = np.ones(400)
     return Scores(
@@ -20,6 +24,8 @@ def scores(
         agreement=0.995,
         disagreement=differ,
         faulty=faulty * np.ones((2, 400)),
+        worth=faulty + np.array([[-0.1, 0.1, -0.1, 0.1], [0.1, -0.1, 0.1, -0.1]]),
+        bits=bits,
         trials=faulty * np.ones(8),
         divergence=0.1,
         attacked=attacked * ones,
@@ -66,6 +72,21 @@ def test_one_image_of_few_is_not_yet_a_loss() -> None:
     assert not objections(second, [first])
     after[:6] = 0.0
     assert objections(second, [first])
+
+
+def test_other_flips_are_another_chance() -> None:
+    """Where a layer was split, its flips are others, and a trial's luck is no loss and no gain: 0.08 at a time here."""
+    plain, worse, better = scores(), scores(faulty=0.7), scores(faulty=0.87)
+    assert objections(worse, [plain])
+    assert not objections(replace(worse, bits=16), [plain])
+    assert objections(scores(faulty=0.59, bits=16), [plain])
+    split = scores(faulty=0.82, bits=16)
+    assert objections(
+        replace(worse, bits=16), [plain, split]
+    )  # it met the same flips as the split graph
+    assert gains(better, plain)
+    assert not gains(replace(better, bits=16), plain)
+    assert gains(scores(faulty=0.9, bits=16), plain)
 
 
 def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
