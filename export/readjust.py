@@ -6,6 +6,7 @@
     4 guard         the file as it is stands where plain INT8 stands for a network of ours
 
 Nothing is calibrated, and no float weight is needed: what a weight is to stand for is what its codes stand for now.
+Codes that a quantizer kept within 7 bits stay there (quantization.code_limit).
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class _Steps:
             matrices,
             lambda layer: found[layer.weight].values,
             stage.ber,
+            limits={name: quantization.code_limit(layer.codes) for name, layer in found.items()},
             reporter=stage.say,
         )
         new = {name: _with_room(found[name], codes[name], scales[name]) for name in scales}

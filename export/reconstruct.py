@@ -80,12 +80,14 @@ def choose(
     weights: Callable[[Layer], NDArray[np.float32]],
     ber: float,
     *,
+    limits: Mapping[str, int] | None = None,
     half_scales: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int8]], dict[str, float]]:
     """By weight: scales, codes, and the mean factor that the scales fell by.
 
-    `matrices`: `count` layers with E[x x^T], which is damped in place; `weights`: what codes are to stand for.
+    `matrices`: `count` layers with E[x x^T], which is damped in place; `weights`: what codes are to stand for;
+    `limits`: the largest magnitude of codes, by weight, where that is not 127.
     """
     scales: dict[str, NDArray[np.float32]] = {}
     codes: dict[str, NDArray[np.int8]] = {}
@@ -93,10 +95,13 @@ def choose(
     with (reporter or Reporter()).task("reconstructing", count, "layers") as task:
         for layer, moments in matrices:
             values = weights(layer)
-            full = quantization.weight_scales(values, layer.axis)
+            most = (limits or {}).get(layer.weight, quantization.QMAX)
+            full = quantization.weight_scales(values, layer.axis) * np.float32(
+                quantization.QMAX / most
+            )
             options = (np.float32(factor) * full for factor in FACTORS)
             tried = [as_half_scales(scale) if half_scales else scale for scale in options]
-            scale, code = _channels(layer, values, tried, moments, SHARE * ber)
+            scale, code = _channels(layer, values, tried, moments, SHARE * ber, most)
             scales[layer.weight], codes[layer.weight] = scale, code
             shrunk[layer.weight] = round(float((scale / full).mean()), 3)
             task.advance(1)
@@ -109,6 +114,7 @@ def _channels(
     tried: list[NDArray[np.float32]],
     moments: Tensor,
     ber: float,
+    most: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
     """The best of the tried scales for each channel, and the codes for them, shaped as the weight; damps `moments`."""
     damped = _damp(moments)
@@ -117,11 +123,11 @@ def _channels(
     power = FLIP_POWER * ber * damped.diagonal(dim1=1, dim2=2).sum(1)[:, None]
     costs = []
     for scale in scales:
-        codes = descend(rows, damped, scale, sweeps=1)
+        codes = descend(rows, damped, scale, sweeps=1, most=most)
         costs.append(squared_error(rows, damped, scale, codes) + power * scale.square())
     best = torch.stack(costs).argmin(0)
     scale = torch.stack(scales).gather(0, best[None])[0]
-    codes = descend(rows, damped, scale, sweeps=_SWEEPS)
+    codes = descend(rows, damped, scale, sweeps=_SWEEPS, most=most)
     return scale.reshape(-1).numpy(), layer.weights(codes.numpy().astype(np.int8), weights.shape)
 
 
@@ -132,41 +138,43 @@ def _damp(moments: Tensor) -> Tensor:
     return moments
 
 
-def descend(weights: Tensor, moments: Tensor, scales: Tensor, sweeps: int) -> Tensor:
+def descend(
+    weights: Tensor, moments: Tensor, scales: Tensor, sweeps: int, most: int = quantization.QMAX
+) -> Tensor:
     """Codes with a small squared error at the output, never a larger one than rounding to nearest.
 
     `weights`: float32 [groups, channels, inputs]; `moments`: E[x x^T], [groups, inputs, inputs], positive diagonal;
-    `scales`: [groups, channels]. Returns whole numbers in [-127, 127], float32, shaped as the weights.
+    `scales`: [groups, channels]. Returns whole numbers in [-most, most], float32, shaped as the weights.
     """
     scale = scales[..., None]
-    codes = (weights / scale).round().clamp(-quantization.QMAX, quantization.QMAX)
+    codes = (weights / scale).round().clamp(-most, most)
     error = (weights - codes * scale) @ moments
     for _ in range(sweeps):
         for begin in range(0, weights.shape[-1], _BLOCK):
             block = slice(begin, begin + _BLOCK)
             before = codes[..., block].clone()
-            _descend(codes[..., block], error[..., block], moments[:, block, block], scales)
+            _descend(codes[..., block], error[..., block], moments[:, block, block], scales, most)
             error -= (codes[..., block] - before) * scale @ moments[:, block]
-        if not _moved(codes, error, moments, scale):
+        if not _moved(codes, error, moments, scale, most):
             break
     return codes
 
 
-def _moved(codes: Tensor, error: Tensor, moments: Tensor, scale: Tensor) -> bool:
+def _moved(codes: Tensor, error: Tensor, moments: Tensor, scale: Tensor, most: int) -> bool:
     """Whether another sweep would change a code."""
     steps = error / (scale * moments.diagonal(dim1=1, dim2=2)[:, None])
-    wanted = (codes + steps).round().clamp(-quantization.QMAX, quantization.QMAX)
+    wanted = (codes + steps).round().clamp(-most, most)
     return bool((wanted != codes).any())
 
 
-def _descend(codes: Tensor, error: Tensor, moments: Tensor, scales: Tensor) -> None:
+def _descend(codes: Tensor, error: Tensor, moments: Tensor, scales: Tensor, most: int) -> None:
     """One sweep over some inputs: `codes` change in place, `error` is read."""
     here = error.clone()
     diagonal = moments.diagonal(dim1=1, dim2=2)
     for i in range(codes.shape[-1]):
         old = codes[..., i].clone()
         new = (old + here[..., i] / (scales * diagonal[:, i, None])).round()
-        codes[..., i] = new.clamp_(-quantization.QMAX, quantization.QMAX)
+        codes[..., i] = new.clamp_(-most, most)
         here -= ((codes[..., i] - old) * scales)[..., None] * moments[:, i, None]
 
 

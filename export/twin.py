@@ -36,6 +36,7 @@ from resq_deploy.export.twin_plan import DQ, FAKE, OPS, Q, Step, plan
 from resq_deploy.export.twin_shapes import DTYPES
 from resq_deploy.faults import Flips, TensorFlips, flip_bits
 from resq_deploy.onnx_file import read_onnx
+from resq_deploy.quantization import code_limit
 
 _RANGES = {
     torch.int8: (-128, 127),
@@ -44,7 +45,6 @@ _RANGES = {
     torch.uint16: (0, 2**16 - 1),
     torch.int32: (-(2**31), 2**31 - 1),
 }
-_CODE_LIMIT = 127  # of learnable weight codes: what the project's quantizer writes
 
 
 class Twin(nn.Module):
@@ -68,6 +68,7 @@ class Twin(nn.Module):
         self._plan = plan(graph, set(self._slots))
         self._flips: Flips | None = None
         self._override: dict[str, Tensor] = {}
+        self._limits: dict[str, int] = {}
         self._cache: dict[str, tuple[tuple[tuple[Tensor, int], ...], tuple[Tensor, ...]]] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ class Twin(nn.Module):
     def learnable(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Make these initializers learnable; name -> parameter (also in `parameters()`).
 
-        Of INT8 codes it is a float32 shadow in code units, rounded half to even and clamped to [-127, 127] in
-        forward, straight-through in backward except where it would leave the range further. Biases and scales are
-        themselves. Raises ModelError for an unknown name or an integer that is no code.
+        Of INT8 codes it is a float32 shadow in code units, rounded half to even and clamped to [-127, 127], or to 7
+        bits (quantization.code_limit), in forward, straight-through in backward except where it would leave the range
+        further. Biases and scales are themselves. Raises ModelError for an unknown name or an integer that is no code.
         """
         return {name: self._shadow(name) for name in names}
 
@@ -126,7 +127,8 @@ class Twin(nn.Module):
             return buffer.detach()
         if buffer.dtype.is_floating_point:
             return shadow.detach()
-        return shadow.detach().round().clamp(-_CODE_LIMIT, _CODE_LIMIT).to(buffer.dtype)
+        limit = self._limits[name]
+        return shadow.detach().round().clamp(-limit, limit).to(buffer.dtype)
 
     @contextmanager
     def flipped(self, flips: Flips) -> Iterator[Twin]:
@@ -176,6 +178,8 @@ class Twin(nn.Module):
             raise ModelError(f"{name} is {buffer.dtype}, which cannot be learned")
         if shadow is None:
             shadow = nn.Parameter(buffer.detach().float().clone())
+            if not buffer.dtype.is_floating_point:
+                self._limits[name] = code_limit(buffer.cpu().numpy())
             self.register_parameter(_shadow_slot(self._slots[name]), shadow)
         return shadow
 
@@ -189,7 +193,7 @@ class Twin(nn.Module):
         if self._flips is not None and hit:
             value = _flip(value, self._flips[name])
         if not self._buffer(name).dtype.is_floating_point:
-            return _apply(_Coded, shadow, value)
+            return _apply(_Coded, shadow, value, self._limits[name])
         return _apply(_Replaced, shadow, value) if hit else shadow
 
     def _compute(self, step: Step, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -251,19 +255,20 @@ class _Coded(torch.autograd.Function):
     """Codes for a shadow; a gradient that would push a shadow further out of the range is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, shadow: Tensor, value: Tensor, limit: int) -> Tensor:
         ctx.save_for_backward(shadow)
+        ctx.limit = limit
         return value.to(shadow.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (shadow,) = ctx.saved_tensors
         grad = grads[0]
-        stuck = ((shadow > _CODE_LIMIT) & (grad < 0)) | ((shadow < -_CODE_LIMIT) & (grad > 0))
-        return grad.masked_fill(stuck, 0.0), None
+        stuck = ((shadow > ctx.limit) & (grad < 0)) | ((shadow < -ctx.limit) & (grad > 0))
+        return grad.masked_fill(stuck, 0.0), None, None
 
 
-def _apply(function: type[torch.autograd.Function], *given: Tensor) -> Tensor:
+def _apply(function: type[torch.autograd.Function], *given: Tensor | int) -> Tensor:
     made: Tensor = function.apply(*given)
     return made
 

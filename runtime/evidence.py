@@ -14,6 +14,7 @@ import numpy as np
 from resq_deploy import __version__
 from resq_deploy.bundle import INT8, MANIFEST, Bundle, sha256_of
 from resq_deploy.errors import CampaignError
+from resq_deploy.fault_models import FaultModel
 from resq_deploy.faults import FaultSpace
 from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Campaign, Cell, Figure, Subject, Vulnerability
@@ -21,6 +22,7 @@ from resq_deploy.runtime.figures import CampaignResult
 from resq_deploy.statistics import Estimate
 
 SHARES = ("accuracy", "masked", "sdc1", "sdc5", "critical", "due")
+STOCK = "agreement@stock"  # with an ordinary session (stock.py)
 
 
 def fault_label(model: str) -> str:
@@ -41,6 +43,25 @@ def campaign_names(model: str, on: str = "clean") -> dict[str, str]:
     if on == "clean":
         return {share: f"{share}@{label}" for share in SHARES}
     return {s: f"{'robust' if s == 'accuracy' else s}@{on}@{label}" for s in SHARES}
+
+
+def figure_names(
+    models: Iterable[FaultModel],
+    attacked: Sequence[str],
+    *,
+    joint: bool = False,
+    backend: str = "ort",
+) -> tuple[str, ...]:
+    """Names of all figures that a validation will have, in the order of the report."""
+    names = [
+        "accuracy",
+        *([STOCK] if backend == "ort" else []),
+        *(f"{share}@{label}" for label in attacked for share in ("robust", "success")),
+    ]
+    for on in ("clean", *(attacked if joint else ())):
+        for model in models:
+            names += campaign_names(model.name, on).values()
+    return tuple(names)
 
 
 def figure(estimate: Estimate) -> Figure:

@@ -21,7 +21,7 @@ from resq_deploy.metrics import top1
 from resq_deploy.report import Report, write_report
 from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import AttackResult, Campaign, Corruption, Figure, JointAttack
-from resq_deploy.runtime import attacks, corruptions, evidence, faulty, places, sanity
+from resq_deploy.runtime import attacks, corruptions, evidence, faulty, places, sanity, stock
 from resq_deploy.runtime.campaign import Rule, run_campaign
 from resq_deploy.runtime.engines import OpenEngine
 from resq_deploy.runtime.images import images_key, labelled, sample_digest
@@ -95,27 +95,13 @@ def validate_bundle(
     return report
 
 
-def figure_names(
-    models: Iterable[FaultModel], attacked: Sequence[str], *, joint: bool = False
-) -> tuple[str, ...]:
-    """Names of all figures that a validation will have, in the order of the report."""
-    names = [
-        "accuracy",
-        *(f"{share}@{label}" for label in attacked for share in ("robust", "success")),
-    ]
-    for on in (CLEAN, *(attacked if joint else ())):
-        for model in models:
-            names += evidence.campaign_names(model.name, on).values()
-    return tuple(names)
-
-
 def _all_names(
     bundle: Bundle, asked: Settings, models: Iterable[FaultModel], labels: Sequence[str]
 ) -> tuple[str, ...]:
     """Those, and what a bundle's inputs against faulty memory and common corruptions add."""
     sets = faulty.sets(bundle, asked.attacks) if asked.joint else ()
     return (
-        *figure_names(models, labels, joint=asked.joint),
+        *evidence.figure_names(models, labels, joint=asked.joint, backend=asked.backend),
         *(faulty.figure_name(bundle.manifest.attacks[name]) for name in sets),
         *corruptions.figure_names(asked.corruptions, asked.severities),
     )
@@ -141,6 +127,7 @@ class Validation:
     corrupted: tuple[Corruption, ...] = ()
     adversarial: dict[str, tuple[Sample, tuple[Sample, ...]]] = field(default_factory=dict)
     by_image: dict[str, ByImage] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def space(self) -> FaultSpace:
@@ -174,10 +161,16 @@ class Validation:
 
     def golden(self) -> None:
         """Run the whole sample without faults."""
-        right = self._run("golden run", self.sample) == self.sample.labels
+        answers = self._run("golden run", self.sample)
+        right = answers == self.sample.labels
         share = wilson(int(right.sum()), len(self.sample), self.settings.confidence)
         self.figures["accuracy"] = evidence.figure(share)
         self.by_image["accuracy"] = ByImage.of(images_key(self.sample), right)
+        if self.settings.backend == "ort":
+            level, say = self.settings.confidence, self.reporter
+            found, warned = stock.beside(self.bundle, self.sample, answers, level, say)
+            self.figures |= found
+            self.warnings += warned
 
     def attacks(self) -> None:
         """Replay stored attacks on the artifact, run black boxes, and take the worst case of all."""
@@ -286,6 +279,7 @@ class Validation:
                 *evidence.not_covered(self.bundle, self.runner.space, self.space, self.runner.info),
                 *evidence.not_attacked(self.bundle, joint=self.settings.joint),
             ),
+            warnings=tuple(self.warnings),
             provenance=evidence.provenance(self.settings.as_json(), command, self.bundle),
         )
 

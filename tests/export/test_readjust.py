@@ -99,15 +99,27 @@ def test_where_nothing_is_to_be_gained_the_file_stays_as_it_is(tmp_path: Path) -
     assert record.measured["kept"] == "plain"
 
 
-def test_scales_that_a_quantizer_chose_too_large_are_found(tmp_path: Path) -> None:
-    """NNCF keeps the first layer's codes within half their range by default: each flip moves a weight twice as far."""
-    file = peer_files.static(nets.residual(), IMAGES, tmp_path)
-    stem = coded.layers(file)["stem.weight_quantized"]
-    half = np.rint(stem.codes / 2).astype(np.int8)
-    wide = coded.rewrite(file, {stem.weight: (half, stem.scale * np.float32(2))})
-    model, _ = readjust(wide, nets.residual(), IMAGES, design=Design(BER, 0, 0), threads=1)
-    after = coded.layers(model)["stem.weight_quantized"]
+def test_scales_that_a_quantizer_chose_too_large_get_smaller(tmp_path: Path) -> None:
+    stem, after = _with_stem_scales_times(np.float32(1.5), tmp_path)
     assert (after.scale <= 1.02 * stem.scale).all()
+
+
+def test_codes_within_seven_bits_stay_there(tmp_path: Path) -> None:
+    """NNCF's overflow_fix and reduce_range keep them so, for processors whose byte products saturate."""
+    stem, after = _with_stem_scales_times(np.float32(2), tmp_path)
+    assert np.abs(after.codes).max() <= 64
+    assert np.abs(after.codes - stem.codes / 2).max() > 1  # they were learned all the same
+
+
+def _with_stem_scales_times(factor: np.float32, folder: Path) -> tuple[coded.Coded, coded.Coded]:
+    """The first layer of a file, and what becomes of it after its scales were made larger."""
+    file = peer_files.static(nets.residual(), IMAGES, folder)
+    stem = coded.layers(file)["stem.weight_quantized"]
+    codes = np.rint(stem.codes / factor).astype(np.int8)
+    wide = coded.rewrite(file, {stem.weight: (codes, stem.scale * factor)})
+    model, record = readjust(wide, nets.residual(), IMAGES, design=Design(BER, 0), threads=1)
+    assert record.applied
+    return stem, coded.layers(model)["stem.weight_quantized"]
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:

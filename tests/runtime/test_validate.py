@@ -24,7 +24,7 @@ from resq_deploy.runtime.cli import command
 from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.replay import replay_trial
 from resq_deploy.runtime.settings import Settings
-from resq_deploy.runtime.validate import figure_names, validate_bundle
+from resq_deploy.runtime.validate import validate_bundle
 from resq_deploy.signing import generate_key
 from tests.bundles import write_bundle
 
@@ -48,7 +48,7 @@ def _figures(report: Report) -> bytes:
 
 def test_a_report_holds_every_figure_that_was_announced(bundle: Bundle, tmp_path: Path) -> None:
     report = validate_bundle(bundle, replace(FEW, joint=True), output=tmp_path / "r", workers=1)
-    names = figure_names([parse(m) for m in FEW.models], ["noise,eps=255/255"], joint=True)
+    names = evidence.figure_names([parse(m) for m in FEW.models], ["noise,eps=255/255"], joint=True)
     assert tuple(report.figures) == names
     assert set(report.by_image) == {
         n for n in names if n.startswith(("accuracy", "robust")) and "corruption" not in n

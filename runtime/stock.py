@@ -1,0 +1,78 @@
+"""What an ordinary ONNX Runtime session answers on this machine, beside the run that is validated.
+
+An application opens model.int8.onnx with ONNX Runtime's defaults, and then its fusions and this CPU's kernels decide.
+On x86 without VNNI two neighbouring byte products saturate in 16 bits (cpu.py): answers can differ from what the file
+says, and from machine to machine. Nothing in a file tells; running it on the device does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from resq_deploy.bundle import Bundle, Sample
+from resq_deploy.console import Reporter
+from resq_deploy.metrics import top1
+from resq_deploy.report.model import Figure
+from resq_deploy.runtime import evidence
+from resq_deploy.runtime.cpu import saturates
+from resq_deploy.statistics import wilson
+
+PRECISE = "session.x64quantprecision"  # microsoft/onnxruntime#12088: signed weights run as unsigned
+_CLOSE = 0.99  # below, answers differ by more than values next to a rounding boundary
+_BATCH = 64
+
+
+def beside(
+    bundle: Bundle,
+    sample: Sample,
+    answers: NDArray[np.int64],
+    confidence: float,
+    reporter: Reporter,
+) -> tuple[dict[str, Figure], tuple[str, ...]]:
+    """Run a bundle's INT8 file as an application would: how often it gives the same top-1, and warnings.
+
+    `answers`: those of the run that is validated, int64 [N]. No figure where ONNX Runtime refuses the file.
+    """
+    try:
+        found = _answers(bundle, sample, reporter)
+    except Exception as error:  # ONNX Runtime raises many kinds
+        first = str(error).strip().partition("\n")[0][:160]
+        return {}, (f"An ordinary ONNX Runtime session does not run the file: {first}",)
+    same = int((found == answers).sum())
+    share = wilson(same, len(answers), confidence)
+    figures = {evidence.STOCK: evidence.figure(share)}
+    if same == len(answers) or not (saturates() or share.mean < _CLOSE):
+        return figures, ()
+    right, own = (float((v == sample.labels).mean()) for v in (found, answers))
+    said = (
+        f"An ordinary ONNX Runtime session on this machine gives another answer on {1 - share.mean:.2%} of the"
+        f" images (accuracy {right:.2%}, validated {own:.2%})"
+    )
+    if not saturates():
+        return figures, (f"{said}: its fusions compute otherwise.",)
+    cured = float((_answers(bundle, sample, reporter, precise=True) != answers).mean())
+    return figures, (
+        f"{said}: byte products of this CPU saturate (x86 without VNNI). With the session option"
+        f" {PRECISE}=1 it differs on {cured:.2%}.",
+    )
+
+
+def _answers(
+    bundle: Bundle, sample: Sample, reporter: Reporter, *, precise: bool = False
+) -> NDArray[np.int64]:
+    """Top-1 by a session with ONNX Runtime's defaults, int64 [N]."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what fails raises
+    if precise:
+        options.add_session_config_entry(PRECISE, "1")
+    session = ort.InferenceSession(str(bundle.int8), options, providers=["CPUExecutionProvider"])
+    name, parts = session.get_inputs()[0].name, []
+    with reporter.task("an ordinary session", len(sample), "images") as task:
+        for start in range(0, len(sample), _BATCH):
+            images = sample.images[start : start + _BATCH]
+            parts.append(top1(session.run(None, {name: images})[0]))
+            task.advance(len(images))
+    found: NDArray[np.int64] = np.concatenate(parts)
+    return found
