@@ -53,9 +53,8 @@ class OrtRunner(Runner):
     """The INT8 graph of a bundle on ONNX Runtime's CPU kernels.
 
     `threads` threads (default: all cores) take images in chunks; a result does not depend on them.
-    `exact=True` runs the file node by node, nothing fused, many times slower; so does a CPU whose
-    byte products saturate. On other than x86, and where parts are in float16, ONNX Runtime's own
-    fusions run the file.
+    `exact=True` runs the file node by node, nothing fused, many times slower. On other than x86, and where parts
+    are in float16, ONNX Runtime's own fusions run the file; of float16 on a CPU whose byte products saturate, none.
     """
 
     backend: ClassVar[str] = "ort"
@@ -265,9 +264,9 @@ def _mode(exact: bool, model: onnx.ModelProto) -> str:
     stock = "stock" if has_zero_points(model) else "plain"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return stock
-    if saturates():
-        return "plain"
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    if half and saturates():
+        return "plain"
     return stock if half else "lowered"  # the byte kernels know float32 scales only
 
 
