@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from export_material import Setup, material
+from export_material import Setup, checkpoint, material
 from export_page import above_peers, page, spread
 from export_parts import OTHERS, PARTS, Graphs, needs, wanted
 
@@ -128,31 +128,6 @@ def commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "no commit"
-
-
-def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
-    """ARCH.pt, else ARCH-plain.pt, which is trained where it is missing."""
-    if (folder / f"{arch}.pt").is_file():
-        return folder / f"{arch}.pt"
-    path = folder / f"{arch}-plain.pt"
-    if not path.is_file():
-        from resq_deploy.console import Reporter
-        from resq_deploy.hardening.pipeline import harden_model
-        from resq_deploy.hardening.recipe import Recipe
-
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"training {arch} for {setup.epochs:g} epochs -> {path}", flush=True)
-        harden_model(
-            arch,
-            setup.data,
-            output=path,
-            stages="none",
-            recipe=Recipe().with_epochs(setup.epochs, None, None),
-            seed=setup.seed,
-            resume=path.with_name(path.name + ".state").exists(),
-            reporter=Reporter(quiet=False),
-        )
-    return path
 
 
 def show(arch: str, f: dict[str, Any]) -> None:

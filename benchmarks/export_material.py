@@ -58,6 +58,31 @@ class Material:
     labels: NDArray[np.int64]
 
 
+def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:
+    """ARCH.pt, else ARCH-plain.pt, which is trained where it is missing."""
+    if (folder / f"{arch}.pt").is_file():
+        return folder / f"{arch}.pt"
+    path = folder / f"{arch}-plain.pt"
+    if not path.is_file():
+        from resq_deploy.console import Reporter
+        from resq_deploy.hardening.pipeline import harden_model
+        from resq_deploy.hardening.recipe import Recipe
+
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"training {arch} for {setup.epochs:g} epochs -> {path}", flush=True)
+        harden_model(
+            arch,
+            setup.data,
+            output=path,
+            stages="none",
+            recipe=Recipe().with_epochs(setup.epochs, None, None),
+            seed=setup.seed,
+            resume=path.with_name(path.name + ".state").exists(),
+            reporter=Reporter(quiet=False),
+        )
+    return path
+
+
 def material(path: Path, setup: Setup) -> Material:
     """Load, export to FP32 ONNX, draw the images."""
     from resq_deploy import data
