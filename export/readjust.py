@@ -100,6 +100,8 @@ class _Steps:
             rank = len(shapes.get(layer.node.input[0], ()))
             row = moments.layer_of(layer.node, name, layer.axis, layer.codes.shape, rank)
             ready += [] if row is None else [row]
+        if not ready:
+            return base, {"scales": {}}
         matrices = moments.second_moments(
             base.model, ready, {}, stage.learn[:LOOKED_AT], stage.seed, stage.threads
         )

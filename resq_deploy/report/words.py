@@ -263,6 +263,10 @@ def findings(report: Report) -> list[str]:
     said = [
         f"Without any fault or attack it classifies {both(report.accuracy)} of {images} correctly."
     ]
+    if (stock := report.figures.get("agreement@stock")) is not None:
+        said.append(
+            f"An ordinary ONNX Runtime session on that machine gives the same answer on {both(stock)} of them."
+        )
     said += _fault_findings(report)
     said += [
         f"Under the attack {attack.attack}, which may change {budget_words(attack.norm, attack.eps)}, "

@@ -222,3 +222,21 @@ def test_a_reference_that_cannot_teach_leaves_stage_three_out(
     assert bundle.manifest.adjustment.reason == "the twin has no Hardmax"
     assert set(bundle.manifest.attacks) == {"fgsm"}
     assert "stage III is left out, and the file is taken as it is" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_written_anew_still_learn(tmp_path: Path) -> None:
+    """Something between DQ and layer: scales stay, nothing is split, codes learn."""
+    file = peer_files.static(nets.residual(), IMAGES, tmp_path, "float biases")
+    layers = [n for n in file.graph.node if n.op_type in ("Conv", "Gemm")]
+    for node in layers:
+        between = onnx.helper.make_node(
+            "Identity", [node.input[1]], [f"{node.name}.w"], f"{node.name}.id"
+        )
+        node.input[1] = between.output[0]
+        file.graph.node.insert(list(file.graph.node).index(node), between)
+    assert coded.layers(file) == {}
+    _, record = readjust(file, nets.residual(), IMAGES, design=Design(BER), threads=1)
+    split, reconstruct, distill = record.steps[:3]
+    assert (split["copies"], reconstruct["scales"]) == ({}, {})
+    assert distill["steps"] == 30
+    assert record.applied
