@@ -22,6 +22,7 @@ from resq_deploy.hardening import evaluate
 from resq_deploy.hardening.checks import check_fits, check_writable, chosen_device
 from resq_deploy.hardening.distributed import World, world
 from resq_deploy.hardening.initial import PLAIN, STAGE_1, STAGE_2, Start, start_from
+from resq_deploy.hardening.kernels import sound_kernels
 from resq_deploy.hardening.logs import Log, scalars
 from resq_deploy.hardening.model import Pixels
 from resq_deploy.hardening.objectives import AttackObjective, FaultObjective, Objective, Plain
@@ -105,6 +106,7 @@ def harden_model(
         here = stack.enter_context(world(chosen))
         log = stack.enter_context(scalars(log_dir if here.leads else None))
         run = _Hardening(asked, train, test, here, quiet if here.leads else Reporter(), log)
+        stack.enter_context(sound_kernels(run.model))
         return run.run(None if output is None else Path(output), resume)
 
 

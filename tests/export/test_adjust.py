@@ -74,6 +74,7 @@ def run(seed: int = 0, reporter: Reporter | None = None) -> Adjusted:
 def few_steps() -> object:
     patch = pytest.MonkeyPatch()
     patch.setattr(stage, "_STEPS", (30, 30))
+    patch.setattr(stage, "_MORE", 1)
     yield
     patch.undo()
 

@@ -209,6 +209,7 @@ def test_stage_three_splits_as_much_as_it_is_allowed(
     from resq_deploy.export import stage
 
     monkeypatch.setattr(stage, "_STEPS", (2, 2))
+    monkeypatch.setattr(stage, "_MORE", 1)
     monkeypatch.setattr(stage, "worthwhile", lambda *_: True)
     fp32 = nets.residual()
     int8, ranges = quantized(fp32)
