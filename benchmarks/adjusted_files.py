@@ -176,7 +176,7 @@ def table_row(name: str, f: dict[str, Any]) -> list[list[str]]:
 
 def page(found: dict[str, Any], setup: Setup) -> str:
     """The tables as Markdown."""
-    command = "python benchmarks/adjusted_files.py " + " ".join(sys.argv[1:])
+    command = f"python benchmarks/adjusted_files.py --arch {' '.join(found)} --page ..."
     bers = " | ".join(f"{ber:g}" for ber in BERS)
     lines = [
         "# Other quantizers' files, adjusted",
