@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from resq_deploy import quantization
-from resq_deploy.export import coded, graph
+from resq_deploy.export import coded, fold, graph
 from resq_deploy.export.split import MOST
 from resq_deploy.memory import fault_space
 from resq_deploy.runtime.ort import OrtRunner
@@ -100,9 +100,9 @@ def test_split_layers_compute_the_same_from_copied_codes(way: str, tmp_path: Pat
 
 
 def same(model: onnx.ModelProto) -> None:
-    """The fast way of running a graph is the file node by node, also under faults."""
+    """The fast way of running a graph is the file node by node but for codes at a boundary, also under faults."""
     with OrtRunner(model, threads=1) as fast, OrtRunner(model, threads=1, exact=True) as exact:
-        np.testing.assert_allclose(fast(IMAGES), exact(IMAGES), atol=1e-4 * spread(exact(IMAGES)))
+        np.testing.assert_allclose(fast(IMAGES), exact(IMAGES), atol=0.02 * spread(exact(IMAGES)))
         for kind in ("weights", "bias"):
             qdq.same_under_faults(fast, exact, IMAGES, kind, 12, 0.05)
 
@@ -193,6 +193,7 @@ def test_a_float_input_and_no_bias() -> None:
     conv = next(n for n in model.graph.node if n.op_type == "Conv")
     conv.input[0] = "x"
     del conv.input[2]
+    fold.drop_unused(model.graph)
     layer = coded.layers(model)["conv.w"]
     assert (layer.unit, layer.typed) == (None, False)
     assert layer.bias.tolist() == layer.least.tolist() == [0.0]
