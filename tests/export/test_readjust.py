@@ -35,7 +35,6 @@ SMALL: dict[str, Any] = {"attacks": ("fgsm",), "attack_samples": 8, "eval_sample
 def few_steps() -> object:
     patch = pytest.MonkeyPatch()
     patch.setattr(stage, "_STEPS", (30, 30))
-    patch.setattr(stage, "_MORE", 1)
     yield
     patch.undo()
 
