@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from resq_deploy.export.dialect import Dialect
 
 SPEED_BATCH = 64
 
@@ -98,23 +102,28 @@ def material(path: Path, setup: Setup) -> Material:
     return Material(fp32, calibration, images, labels)
 
 
-def ours(m: Material, setup: Setup, ber: float | None) -> onnx.ModelProto:
-    """Our INT8 graph: plain (None), or adjusted at a design BER."""
+def ours(
+    m: Material, setup: Setup, ber: float | None, dialect: Dialect | None = None
+) -> onnx.ModelProto:
+    """Our INT8 graph: plain (None), or adjusted at a design BER; `dialect`: TensorRT's rules by default."""
     from resq_deploy.console import Reporter
     from resq_deploy.export import qdq
     from resq_deploy.export.adjust import adjust
     from resq_deploy.export.calibrate import calibrate
     from resq_deploy.export.design import Design
+    from resq_deploy.export.dialect import TENSORRT
 
+    dialect = dialect or TENSORRT
     ranges = calibrate(
-        m.fp32, qdq.activation_tensors(m.fp32), (m.calibration,), threads=setup.threads
-    )
-    plain = qdq.quantize_graph(m.fp32, ranges)
+        m.fp32, dialect.plan(m.fp32).activations, (m.calibration,), unsigned=dialect.unsigned,
+        threads=setup.threads,
+    )  # fmt: skip
+    plain = qdq.quantize_graph(m.fp32, ranges, dialect=dialect)
     if ber is None:
-        return plain
+        return qdq.finish(plain, dialect)
     say = Reporter(quiet=False)
     made = adjust(
-        plain, m.fp32, m.calibration, ranges=ranges, design=Design(ber), seed=setup.seed,
-        threads=setup.threads, reporter=say,
+        plain, m.fp32, m.calibration, ranges=ranges, design=Design(ber), dialect=dialect,
+        seed=setup.seed, threads=setup.threads, reporter=say,
     )  # fmt: skip
-    return made.model
+    return qdq.finish(made.model, dialect)

@@ -18,9 +18,9 @@ METHODS = ("minmax", "entropy")
 
 
 def ort_static(
-    fp32: onnx.ModelProto, images: Images, method: str, batch: int = 64
+    fp32: onnx.ModelProto, images: Images, method: str, batch: int = 64, *, unsigned: bool = False
 ) -> onnx.ModelProto:
-    """onnxruntime.quantization.quantize_static: QDQ, S8 weights per channel, S8 activations.
+    """onnxruntime.quantization.quantize_static: QDQ, S8 weights per channel, S8 (or `unsigned` U8) activations.
 
     `method`: minmax or entropy. Its own preprocessing (shape inference, graph optimization) comes first, as
     its documentation asks for.
@@ -40,7 +40,7 @@ def ort_static(
             _reader(q.CalibrationDataReader, name, images, batch),
             quant_format=q.QuantFormat.QDQ,
             per_channel=True,
-            activation_type=q.QuantType.QInt8,
+            activation_type=q.QuantType.QUInt8 if unsigned else q.QuantType.QInt8,
             weight_type=q.QuantType.QInt8,
             calibrate_method=getattr(
                 q.CalibrationMethod, {"minmax": "MinMax"}.get(method, "Entropy")
@@ -103,13 +103,15 @@ def openvino(path: Path, threads: int) -> Run:
     return lambda images: request.infer([images])
 
 
-def session(model: onnx.ModelProto, threads: int) -> Run:
-    """The graph in stock ONNX Runtime on this many threads: images -> outputs."""
+def session(model: onnx.ModelProto, threads: int, *, exact: bool = False) -> Run:
+    """The graph in stock ONNX Runtime on this many threads, `exact`: its option for products: images -> outputs."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     made = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

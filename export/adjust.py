@@ -20,9 +20,10 @@ import numpy as np
 import onnx
 
 from resq_deploy.console import Reporter
-from resq_deploy.export import center, qdq, rules
+from resq_deploy.export import center, qdq
 from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.design import Design
+from resq_deploy.export.dialect import TENSORRT, Dialect
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
 from resq_deploy.export.reconstruct import reconstruct
 from resq_deploy.export.split import split
@@ -60,7 +61,7 @@ def adjust(
     ranges: Mapping[str, Range],
     design: Design | None = None,
     eps: float = EPS,
-    half_scales: bool = False,
+    dialect: Dialect = TENSORRT,
     seed: int = 0,
     threads: int | None = None,
     reporter: Reporter | None = None,
@@ -68,14 +69,14 @@ def adjust(
     """Adjust a plain INT8 graph to bit flips as in `design` and attacks of `eps` (L-inf, pixels in [0, 1]).
 
     `images`: unlabelled calibration images, float32 [N, C, H, W] in [0, 1]; half of them (512 at most) are
-    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `half_scales`: as in
+    held out to measure on. `ranges`: the activation ranges that `int8` was made with; `dialect`: as in
     quantize_graph. The result has the same nodes and names, but for the copies of inputs that split layers read, and
     what centres activations; other codes, scales and biases.
     Deterministic for a seed, the versions of torch and ONNX Runtime, and torch's thread count.
     Raises DataError for fewer than 16 images, ModelError for a network without a twin (see gradients.obstacle).
     """
     stage = Stage[Source](fp32, images, design or Design(), eps, seed, threads, reporter)
-    steps = _Steps(stage, half_scales)
+    steps = _Steps(stage, dialect)
     best, record = stage.run(
         int8,
         Source(fp32, ranges),
@@ -94,7 +95,7 @@ class _Steps:
     """The steps that need the FP32 graph; each returns a graph, and what the manifest says of it."""
 
     stage: Stage[Source]
-    half_scales: bool
+    dialect: Dialect
 
     def equalize(self, base: Candidate[Source]) -> tuple[Candidate[Source], dict[str, Any]]:
         """Channels rescaled and centred, and ranges calibrated anew."""
@@ -108,9 +109,10 @@ class _Steps:
         same, centered = center.center(same, moments, stage.ber)
         ranges = calibrate(
             same,
-            qdq.activation_tensors(same),
+            self.dialect.plan(same).activations,
             (stage.learn,),
             adversarial=(stage.attacked(),),
+            unsigned=self.dialect.unsigned,
             threads=stage.threads,
         )
         return self._made(base, "equalized", Source(same, ranges)), {
@@ -125,7 +127,7 @@ class _Steps:
         told = split_told(done.copies, done.work, cost)
         if not done.copies:
             return base, told
-        where = rules.plan(done.model, half=self.half_scales).activations
+        where = self.dialect.plan(done.model).activations
         before = base.made_of.ranges
         ranges = {name: before[done.sources.get(name, name)] for name in where}
         return self._made(base, "split", Source(done.model, ranges)), told
@@ -138,7 +140,7 @@ class _Steps:
             source.ranges,
             stage.learn[:LOOKED_AT],
             stage.ber,
-            half_scales=self.half_scales,
+            dialect=self.dialect,
             seed=stage.seed,
             threads=stage.threads,
             reporter=stage.say,
@@ -147,5 +149,5 @@ class _Steps:
         return made, {"scales": factors}
 
     def _made(self, base: Candidate[Source], step: str, source: Source) -> Candidate[Source]:
-        model = qdq.quantize_graph(source.fp32, source.ranges, half_scales=self.half_scales)
+        model = qdq.quantize_graph(source.fp32, source.ranges, dialect=self.dialect)
         return self.stage.scored(after(base, step), model, source)

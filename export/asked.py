@@ -11,6 +11,7 @@ from resq_deploy.errors import AttackError, DataError, ModelError
 from resq_deploy.export import graph, halves
 from resq_deploy.export.craft import white_box
 from resq_deploy.export.design import LEAST, Design
+from resq_deploy.export.dialect import RULES
 from resq_deploy.export.formats import is_quantized, path_of
 from resq_deploy.export.joint import TRIALS, FaultyAttack
 
@@ -33,6 +34,25 @@ def check_precision(high_precision: str, opset: int | None) -> None:
     wanted = graph.checked_opset(opset)
     if high_precision == "fp16":
         halves.check_opset(wanted)
+
+
+def check_rules(rules: str, taken: bool, targets: Sequence[str], high_precision: str) -> None:
+    """Raise ModelError for rules that do not exist, or for ONNX Runtime's where they cannot be had."""
+    if rules not in RULES:
+        raise ModelError(f"--rules {rules}", f"one of: {', '.join(RULES)}")
+    if rules != "onnxruntime":
+        return
+    engines = [target for target in targets if target != "onnx"]
+    if taken:
+        why = "is for a float network, and this file is quantized already: leave it out"
+    elif engines:
+        why = f"makes unsigned codes, which no engine takes: leave out --target {engines[0]}, or export twice"
+    elif high_precision != "fp32":
+        why = "is for byte kernels, which take float32 scales only: leave out --high-precision"
+    else:
+        return
+    said, _, cure = why.partition(": ")
+    raise ModelError(f"--rules onnxruntime {said}", cure)
 
 
 def check_design(design: Design, adjust: bool) -> None:

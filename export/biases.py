@@ -9,10 +9,17 @@ it: on a hardened resnet8 that changed 0.5% of the answers. Rounded once, at exp
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from resq_deploy.export import fold
+from resq_deploy.export.names import Unique
+
+Array = NDArray[np.float32]
 
 _LAYERS = ("Conv", "Gemm")
 LARGEST = 2**22  # units: beyond, float32 cannot tell neighbouring multiples apart with certainty
@@ -25,26 +32,67 @@ def snap_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    tensors = {t.name: t for t in made.graph.initializer}
-    makers = {name: node for node in made.graph.node for name in node.output}
-    readers = Counter(name for node in made.graph.node for name in node.input)
-    for node in made.graph.node:
+    for _, bias, unit in _biases(made.graph):
+        value = numpy_helper.to_array(bias)
+        bias.CopyFrom(numpy_helper.from_array(_snapped(value, unit), bias.name))
+    return made
+
+
+def as_integers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a QDQ graph whose biases of INT8 layers are INT32 in units of s_x * s_w, behind a DQ: [channels].
+
+    For integer kernels of ONNX Runtime's sessions, which take no float bias. Exact for biases that were snapped.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    tensor = Unique({*fold.initializers(graph), *fold.producers(graph)})
+    named = Unique([node.name for node in graph.node])
+    before: dict[str, onnx.NodeProto] = {}
+    for node, bias, unit in list(_biases(graph)):
+        value = numpy_helper.to_array(bias).reshape(-1)
+        value, units = np.broadcast_arrays(value, unit)
+        count = np.rint(value / units.astype(np.float64)).clip(-(2**31), 2**31 - 1)
+        scale, zero, wide = (
+            tensor(f"{bias.name}.{end}") for end in ("scale", "zero_point", "dequantized")
+        )
+        bias.CopyFrom(numpy_helper.from_array(count.astype(np.int32), bias.name))
+        graph.initializer.append(numpy_helper.from_array(units.copy(), scale))
+        graph.initializer.append(numpy_helper.from_array(np.zeros(value.shape, np.int32), zero))
+        before[node.name] = helper.make_node(
+            "DequantizeLinear",
+            [bias.name, scale, zero],
+            [wide],
+            name=named(f"{bias.name}.dequantize"),
+            axis=0,
+        )
+        node.input[2] = wide
+    order = [n for node in graph.node for n in (before.get(node.name), node) if n is not None]
+    fold.replace(graph.node, order)
+    return fold.compact(made)
+
+
+def _biases(
+    graph: onnx.GraphProto,
+) -> Iterator[tuple[onnx.NodeProto, onnx.TensorProto, Array]]:
+    """(layer, its float bias, s_x * s_w) of INT8 layers whose bias nothing else reads."""
+    tensors, makers = fold.initializers(graph), fold.producers(graph)
+    readers = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
         if node.op_type not in _LAYERS or len(node.input) < 3:
             continue
-        bias = tensors.get(node.input[2])
-        unit = _unit(node, makers, tensors)
-        if bias is not None and unit is not None and readers[bias.name] == 1:
-            value = numpy_helper.to_array(bias)
-            if value.dtype == np.float32:
-                bias.CopyFrom(numpy_helper.from_array(_snapped(value, unit), bias.name))
-    return made
+        bias, unit = tensors.get(node.input[2]), _unit(node, makers, tensors)
+        if bias is None or unit is None or readers[bias.name] > 1:
+            continue
+        if bias.data_type == onnx.TensorProto.FLOAT:
+            yield node, bias, unit
 
 
 def _unit(
     node: onnx.NodeProto,
-    makers: dict[str, onnx.NodeProto],
-    tensors: dict[str, onnx.TensorProto],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None:
+    makers: Mapping[str, onnx.NodeProto],
+    tensors: Mapping[str, onnx.TensorProto],
+) -> Array | None:
     """s_x * s_w of a layer whose inputs are both dequantized, float32, one or one per channel."""
     made = [makers.get(name) for name in node.input[:2]]
     if any(n is None or n.op_type != "DequantizeLinear" for n in made):
@@ -57,9 +105,6 @@ def _unit(
     return unit if bool(np.isfinite(unit).all() and (unit > 0).all()) else None
 
 
-def _snapped(
-    bias: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-    unit: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _snapped(bias: Array, unit: Array) -> Array:
     count = np.rint(bias / unit)
     return np.where(np.abs(count) < LARGEST, (count * unit).astype(np.float32), bias)

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, ModelError
+from resq_deploy.export import grid as grids
 from resq_deploy.export import histogram as methods
 from resq_deploy.export import ranges
 from resq_deploy.export.fisher import rounding_divergence
+from resq_deploy.export.grid import Grid
 from resq_deploy.export.heap import give_back
 from resq_deploy.export.histogram import Histogram
-from resq_deploy.quantization import MIN_SCALE, QMAX
+from resq_deploy.quantization import QMAX
 
 Images = NDArray[np.float32]
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
@@ -49,7 +51,7 @@ _CHUNK_BYTES = 48 * 2**20  # of activations that one run of the graph may hand b
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Symmetric INT8 range of one activation tensor: scale = max(|low|, |high|) / 127, zero point 0.
+    """Range of one activation tensor, and the codes over it (grid.py).
 
     `low`, `high`: the extremes seen, cut at the threshold; `method` chose the threshold; `sqnr_db`
     is what quantization with it costs on calibration images, the worse of clean and adversarial.
@@ -57,9 +59,14 @@ class Range:
 
     low: float
     high: float
-    scale: float
+    grid: Grid
     method: str
     sqnr_db: float
+
+    @property
+    def scale(self) -> float:
+        """A step from code to code."""
+        return self.grid.scale
 
 
 def calibrate(
@@ -69,14 +76,15 @@ def calibrate(
     method: Method = "auto",
     *,
     adversarial: Iterable[Images] = (),
+    unsigned: bool = False,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Range]:
     """Ranges of `tensors` of an FP32 graph over calibration images.
 
-    `batches`, `adversarial`: float32 [B, C, H, W] in [0, 1], any B, each read once. `threads`: of
-    ONNX Runtime. The same images give the same ranges whatever the batch sizes, up to the last
-    place of the runtime's own arithmetic.
+    `batches`, `adversarial`: float32 [B, C, H, W] in [0, 1], any B, each read once. `unsigned`: U8 codes
+    with zero points, not symmetric ones. `threads`: of ONNX Runtime. The same images give the same ranges
+    whatever the batch sizes, up to the last place of the runtime's own arithmetic.
     Raises DataError for no images or values that are not finite, ModelError for a tensor that the
     graph does not have.
     """
@@ -92,25 +100,29 @@ def calibrate(
     attacked = observe(probe, adversarial, say, title, judges[1])
     chosen: dict[str, str] = dict.fromkeys(probe.tensors, method)
     if method == "auto" and probe.classifies:
-        chosen = _searched(fp32, probe, clean, attacked, judges, threads, say)
-    return {name: choose(clean[name], attacked[name], chosen[name]) for name in probe.tensors}
+        candidates = {
+            name: {
+                m: choose(clean[name], attacked[name], m, unsigned=unsigned).grid for m in _TRIED
+            }
+            for name in probe.tensors
+        }
+        chosen = _searched(fp32, probe, candidates, judges, threads, say)
+    return {
+        name: choose(clean[name], attacked[name], chosen[name], unsigned=unsigned)
+        for name in probe.tensors
+    }
 
 
 def _searched(
     fp32: onnx.ModelProto,
     probe: Probe,
-    clean: Mapping[str, Histogram],
-    attacked: Mapping[str, Histogram],
+    candidates: Mapping[str, Mapping[str, Grid]],
     judges: Sequence[ranges.Judges],
     threads: int | None,
     reporter: Reporter,
 ) -> dict[str, str]:
     """The method of each tensor that moves the logits least."""
     images, weights = ranges.drawn(judges)
-    candidates = {
-        name: {m: choose(clean[name], attacked[name], m).scale for m in _TRIED}
-        for name in probe.tensors
-    }
     return ranges.search(
         fp32,
         candidates,
@@ -145,10 +157,12 @@ def observe(
     return found
 
 
-def choose(clean: Histogram, attacked: Histogram, method: str = "auto") -> Range:
+def choose(
+    clean: Histogram, attacked: Histogram, method: str = "auto", *, unsigned: bool = False
+) -> Range:
     """The range of one tensor from its histograms over clean and over adversarial images (which may be empty).
 
-    `auto` is here the method with the least squared error of the tensor itself.
+    `auto` is here the method with the least squared error of the tensor itself; `unsigned`: as in grid.over.
     """
     both = clean.merged(attacked) if attacked.total else clean
     seen = [h for h in (clean, attacked) if h.total]
@@ -156,18 +170,19 @@ def choose(clean: Histogram, attacked: Histogram, method: str = "auto") -> Range
     rated = []
     for name in names:
         threshold = _TRIED[name](both)
-        rated.append((max(_relative(h, threshold) for h in seen), name, threshold))
-    error, name, threshold = min(rated, key=lambda r: r[0])
-    low, high = max(both.low, -threshold), min(both.high, threshold)
-    # The threshold is a bin edge or a peak; a tensor of one sign may stop short of it.
-    scale = max(max(abs(low), abs(high)) / QMAX, float(MIN_SCALE))
-    return Range(low, high, scale, name, _decibel(error))
+        # The threshold is a bin edge or a peak; a tensor of one sign may stop short of it.
+        low, high = max(both.low, -threshold), min(both.high, threshold)
+        made = grids.over(low, high, unsigned=unsigned)
+        step = made.scale if unsigned else threshold / QMAX
+        rated.append((max(_relative(h, threshold, step) for h in seen), name, low, high, made))
+    error, name, low, high, made = min(rated, key=lambda r: r[0])
+    return Range(low, high, made, name, _decibel(error))
 
 
-def _relative(histogram: Histogram, threshold: float) -> float:
+def _relative(histogram: Histogram, threshold: float, step: float) -> float:
     if histogram.energy == 0:
         return 0.0
-    return methods.noise(histogram, threshold) * histogram.total / histogram.energy
+    return methods.noise(histogram, threshold, step) * histogram.total / histogram.energy
 
 
 def _decibel(ratio: float) -> float:

@@ -116,6 +116,13 @@ class _Recorded(click.Command):
     help="Compute capabilities: 86,89 (TensorRT-RTX).",
 )
 @click.option(
+    "--rules",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    show_default=True,
+    help="By whose to quantize; by onnxruntime's an ordinary session runs in integers.",
+)
+@click.option(
     "--high-precision",
     type=click.Choice(["fp32", "fp16"]),
     default="fp32",

@@ -16,6 +16,7 @@ from resq_deploy import quantization
 from resq_deploy.bundle import Sample
 from resq_deploy.export import graph
 from resq_deploy.export.calibrate import Range
+from resq_deploy.export.dialect import Dialect
 from resq_deploy.export.rules import Plan, Weight
 from resq_deploy.manifest import Metrics, Reference
 from resq_deploy.metrics import accuracy, agreement, sqnr_db, top1
@@ -97,16 +98,18 @@ def quantization_of(
     int8: onnx.ModelProto,
     plan: Plan,
     ranges: Mapping[str, Range],
-    high_precision: str,
+    dialect: Dialect,
 ) -> dict[str, Any]:
     """The manifest's account of every scale in the INT8 graph, and of what stayed float."""
     before = {t.name: t for t in fp32.graph.initializer}
     after = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
     return {
+        "scheme": "int8-qdq" if dialect.unsigned else "int8-symmetric-qdq",
+        "rules": dialect.rules,
         "weights": {w.name: _weight(w, before[w.name], after) for w in plan.weights},
         "activations": {name: _activation(name, ranges[name], after) for name in plan.activations},
         "float_ops": plan.float_ops,
-        "high_precision": high_precision,
+        "high_precision": "fp16" if dialect.half else "fp32",
     }
 
 
@@ -128,6 +131,7 @@ def _weight(
 def _activation(name: str, chosen: Range, after: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     return {
         "scale": float(after[f"{name}.scale"]),
+        "zero_point": int(after[f"{name}.zero_point"]),
         "low": chosen.low,
         "high": chosen.high,
         "method": chosen.method,

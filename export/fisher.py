@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from resq_deploy.export.equalize import FLIP_POWER
 from resq_deploy.export.gradients import obstacle
+from resq_deploy.export.grid import Grid
 from resq_deploy.export.ranges import even
 from resq_deploy.export.twin import Twin
 from resq_deploy.memory import fault_space
-from resq_deploy.quantization import QMAX
 
 Images = NDArray[np.float32]
 
@@ -59,15 +59,15 @@ def flip_divergence(
 
 def rounding_divergence(
     fp32: onnx.ModelProto,
-    candidates: Mapping[str, Mapping[str, float]],
+    candidates: Mapping[str, Mapping[str, Grid]],
     images: Images,
     weights: NDArray[np.float64] | None = None,
     *,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Tensor -> method -> the divergence in nats that rounding it by that scale, and nothing else, is expected to cost.
+    """Tensor -> method -> the divergence in nats that rounding it to that grid, and nothing else, is expected to cost.
 
-    `candidates`: tensor -> method -> scale, tensors of a classifier's FP32 graph; `images`: float32 [N, C, H, W] in
+    `candidates`: tensor -> method -> grid, tensors of a classifier's FP32 graph; `images`: float32 [N, C, H, W] in
     [0, 1]; `weights`: what each stands for, [N], 1 in sum
     (all alike by default). Empty for a graph that the twin cannot run.
     """
@@ -89,8 +89,8 @@ def rounding_divergence(
         found = torch.autograd.grad(answers, list(inputs.values()), materialize_grads=True)
         for name, gradient in zip(inputs, found, strict=True):
             value = values[name].detach()
-            for method, scale in candidates[name].items():
-                error = (value / scale).round().clamp(-QMAX, QMAX) * scale - value
+            for method, grid in candidates[name].items():
+                error = grid.rounded(value) - value
                 moved = (gradient * error).flatten(1).sum(1).double()
                 sums[name][method] += 0.5 * float(share @ moved.square())
     return sums

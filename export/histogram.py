@@ -1,9 +1,9 @@
 """Streaming histograms of activation magnitudes, and the range-choosing methods that read them.
 
-Symmetric INT8 needs one number per tensor, the threshold T: scale = T / 127, values beyond T
-saturate. So a histogram of |x| is all that calibration has to remember. Its bin width is always a
-power of two, and doubles (pairs of bins merge, exactly) when a larger value arrives: the counts do
-not depend on the order of the samples or on how they were batched.
+Symmetric INT8 needs one number per tensor, the threshold T: scale = T / 127, values beyond T saturate; unsigned codes
+need the extremes too, which T cuts. So a histogram of |x| is all that calibration has to remember. Its bin width is
+always a power of two, and doubles (pairs of bins merge, exactly) when a larger value arrives: the counts do not depend
+on the order of the samples or on how they were batched.
 """
 
 from __future__ import annotations
@@ -91,13 +91,16 @@ def _coarser(counts: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:
     return merged
 
 
-def noise(histogram: Histogram, threshold: float) -> float:
-    """Mean squared error of quantizing the histogram's values with T = `threshold`, each value at its bin's centre."""
+def noise(histogram: Histogram, threshold: float, step: float | None = None) -> float:
+    """Mean squared error of quantizing the histogram's values with T = `threshold`, each value at its bin's centre.
+
+    `step`: from code to code, T / 127 by default.
+    """
     if threshold <= 0 or histogram.total == 0:
         return 0.0
-    scale = threshold / QMAX
+    scale = threshold / QMAX if step is None else step
     centers = histogram.centers
-    codes = np.minimum(np.rint(centers / scale), QMAX)
+    codes = np.minimum(np.rint(centers / scale), np.rint(threshold / scale))
     error = np.square(centers - codes * scale)
     return float(error @ histogram.counts) / histogram.total
 

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from resq_deploy.export import fold, rules
 from resq_deploy.export.calibrate import Probe
-from resq_deploy.export.qdq import HasScale
-from resq_deploy.quantization import QMAX
+from resq_deploy.export.grid import HasGrid
 
 Images = NDArray[np.float32]
 
@@ -94,7 +93,7 @@ def layer_of(
 def second_moments(
     fp32: onnx.ModelProto,
     found: Sequence[Layer],
-    ranges: Mapping[str, HasScale],
+    ranges: Mapping[str, HasGrid],
     images: Images,
     seed: int = 0,
     threads: int | None = None,
@@ -112,7 +111,7 @@ def second_moments(
 def _means(
     fp32: onnx.ModelProto,
     part: Sequence[Layer],
-    ranges: Mapping[str, HasScale],
+    ranges: Mapping[str, HasGrid],
     images: Images,
     seed: int,
     threads: int | None,
@@ -148,11 +147,9 @@ def _passes(found: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield part
 
 
-def _rounded(values: NDArray[np.float32], span: HasScale | None) -> Tensor:
+def _rounded(values: NDArray[np.float32], span: HasGrid | None) -> Tensor:
     x = torch.from_numpy(np.ascontiguousarray(values))
-    if span is None:
-        return x
-    return (x / span.scale).round().clamp(-QMAX - 1, QMAX) * span.scale
+    return x if span is None else span.grid.rounded(x)
 
 
 def patches(layer: Layer, x: Tensor, most: int, generator: torch.Generator) -> Tensor:

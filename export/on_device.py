@@ -98,6 +98,11 @@ def _check(source: Bundle, wanted: Sequence[Request], force: bool) -> None:
             f"{source.path} is a bundle already, and no engine is asked for",
             "name one: --target tensorrt, or --target tensorrt-rtx",
         )
+    if source.manifest.quantization.scheme != "int8-symmetric-qdq":
+        raise BackendError(
+            f"{source.path} has zero points or unsigned codes, and TensorRT takes neither",
+            "export the network again by --rules tensorrt, or quantize it symmetrically to signed INT8",
+        )
     for request in wanted:
         if request.backend in source.manifest.engines and not force:
             raise BundleError(

@@ -25,16 +25,15 @@ from resq_deploy.export import (
     halves,
     joint,
     qdq,
-    rules,
     samples,
     writing,
 )
 from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.adopt import adopt, check_engines
-from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, white_box
 from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
+from resq_deploy.export.dialect import Dialect, Rules
 from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
 from resq_deploy.export.formats import path_of
 from resq_deploy.export.load import LoadedModel, load_model
@@ -75,6 +74,7 @@ def export_model(
     targets: Sequence[Target] = ("onnx",),
     sm: Sequence[str] = (),
     engine: EngineOptions | None = None,
+    rules: Rules = "tensorrt",
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool | None = None,
@@ -101,9 +101,11 @@ def export_model(
     Ranges come from the train split of `calib`, figures from the test split of `eval`; no image is in both.
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
-    `high_precision`: type of what stays float. `adjust`: whether stage III adapts codes, scales and biases
-    to bit flips at `design_ber`, with a `redundancy` and an `effort` as in design.py; None: unless the file is
-    quantized already, whose codes and scales of weights it would change (readjust.py).
+    `rules`: by whose the graph is written (dialect.py): `onnxruntime` is for ordinary sessions of ONNX Runtime, which
+    then run in integers, and for no engine. `high_precision`: type of what stays float.
+    `adjust`: whether stage III adapts codes, scales and biases to bit flips at `design_ber`, with a `redundancy` and
+    an `effort` as in design.py; None: unless the file is quantized already, whose codes and scales of weights it would
+    change (readjust.py).
     `attacks`: crafted within `eps` (L-inf, pixels of [0, 1]) on the first `attack_samples` of the held-out sample;
     None: fgsm and pgd. `attack_faulty`: bit error rates (`1e-3`, or `apgd@1e-3`) at which
     inputs are crafted anew for each of `faulty_trials` draws of faults, on the first 128 of those images.
@@ -127,6 +129,7 @@ def export_model(
     faulty = [joint.FaultyAttack.parse(str(text)) for text in attack_faulty]
     asked.check_attacks(attacks or (), eps, faulty, faulty_trials)
     asked.check_precision(high_precision, opset)
+    asked.check_rules(rules, taken, targets, high_precision)
     asked.check_design(design, adjusts)
     asked.check_calibration(calib_samples, adjusts)
     plain = map(white_box, ATTACKS if attacks is None else attacks)
@@ -174,7 +177,7 @@ def export_model(
             loaded,
             drawn,
             wanted,
-            high_precision,
+            Dialect(rules, half=high_precision == "fp16"),
             design if adjusts else None,
             parse_eps(eps),
             opset,
@@ -218,7 +221,7 @@ def _quantized(
     loaded: LoadedModel,
     drawn: Drawn,
     wanted: gradients.Wanted,
-    high_precision: HighPrecision,
+    dialect: Dialect,
     design: Design | None,
     eps: float,
     opset: int | None,
@@ -228,16 +231,20 @@ def _quantized(
     """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
     fp32 = loaded.to_onnx(opset)
     why = gradients.settle(fp32, loaded.input_shape, wanted, reporter)
-    half = high_precision == "fp16"
-    plan, images = rules.plan(fp32, half=half), samples.as_sample(drawn.calibration)
+    plan, images = dialect.plan(fp32), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)
     size = footprint.gradient_batch(fp32)
     network = loaded.module if loaded.module is not None or why else Twin(fp32).eval()
     attacked = [] if network is None else _attacked(network, images, eps, size, seed, reporter)
     ranges: Mapping[str, Range] = calibrate(
-        fp32, plan.activations, clean, adversarial=attacked, reporter=reporter
+        fp32,
+        plan.activations,
+        clean,
+        adversarial=attacked,
+        unsigned=dialect.unsigned,
+        reporter=reporter,
     )
-    int8 = qdq.quantize_graph(fp32, ranges, where=plan, half_scales=half)
+    int8 = qdq.quantize_graph(fp32, ranges, dialect=dialect, where=plan)
     source = fp32
     record = Adjustment(applied=False, reason=why if design is not None else None)
     if design is not None and why is None:
@@ -248,16 +255,16 @@ def _quantized(
             ranges=ranges,
             design=design,
             eps=eps,
-            half_scales=half,
+            dialect=dialect,
             seed=seed,
             reporter=reporter,
         )
         int8, source, ranges, record = found.model, found.fp32, found.ranges, found.record
-        plan = rules.plan(source, half=half)
-    int8 = snap_biases(int8)
-    deployed = halves.to_fp16(int8) if half else int8
+        plan = dialect.plan(source)
+    int8 = qdq.finish(int8, dialect)
+    deployed = halves.to_fp16(int8) if dialect.half else int8
     graph.check(deployed)
-    listed = describe.quantization_of(source, deployed, plan, ranges, high_precision)
+    listed = describe.quantization_of(source, deployed, plan, ranges, dialect)
     return Made(
         fp32,
         int8,

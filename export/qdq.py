@@ -1,16 +1,17 @@
-"""FP32 graph + ranges -> explicit QDQ INT8 ONNX: symmetric S8/S8, zero point 0, weights per output channel.
+"""FP32 graph + ranges -> explicit QDQ INT8 ONNX: weights symmetric S8 per output channel, activations per tensor.
 
     weight      NAME (INT8), NAME.scale (float [channels]), NAME.zero_point -> DequantizeLinear -> the layer
     activation  TENSOR -> QuantizeLinear -> DequantizeLinear -> the layers that read it as INT8,
                 with TENSOR.scale and TENSOR.zero_point
 
-Where pairs go is decided in rules.py. Biases stay float: TensorRT's parser refuses an INT32 bias (onnxruntime#14229).
+Where pairs go is decided in rules.py or session_rules.py, which codes activations have in grid.py. Biases stay float:
+TensorRT's parser refuses an INT32 bias (onnxruntime#14229), and they learn; finish() makes what is deployed of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,73 +20,65 @@ from onnx import helper, numpy_helper
 
 from resq_deploy import quantization
 from resq_deploy.errors import ModelError
-from resq_deploy.export import fold
-from resq_deploy.export.biases import LARGEST
+from resq_deploy.export import biases, fold
+from resq_deploy.export.dialect import TENSORRT, Dialect
+from resq_deploy.export.grid import Grid, HasGrid, covering
 from resq_deploy.export.halves import as_half_scales
 from resq_deploy.export.names import Unique
-from resq_deploy.export.rules import Plan, Weight, plan
-
-
-class HasScale(Protocol):
-    """A calibrated range: all that is needed of it here."""
-
-    @property
-    def scale(self) -> float: ...
+from resq_deploy.export.rules import Plan, Weight
 
 
 def activation_tensors(fp32: onnx.ModelProto) -> list[str]:
     """The tensors of an FP32 graph that get a Q/DQ pair, in graph order: what has to be calibrated."""
-    return list(plan(fp32).activations)
+    return list(TENSORRT.plan(fp32).activations)
 
 
-def shared_scales(where: Plan, ranges: Mapping[str, HasScale]) -> dict[str, float]:
-    """Scale of every quantized tensor: its own, or the largest of those that must share one.
+def shared_grids(where: Plan, ranges: Mapping[str, HasGrid]) -> dict[str, Grid]:
+    """Codes of every quantized tensor: over its own range, or over all of those that must share them.
 
     Raises ModelError for a tensor without a range, or a scale that is not finite and positive.
     """
     missing = [name for name in where.activations if name not in ranges]
     if missing:
         raise ModelError(f"tensor {missing[0]} has no activation range", "calibrate it")
-    scales = {name: float(ranges[name].scale) for name in where.activations}
-    bad = [name for name, scale in scales.items() if not 0 < scale < np.inf]
+    grids = {name: ranges[name].grid for name in where.activations}
+    bad = [name for name, grid in grids.items() if not 0 < grid.scale < np.inf]
     if bad:
         raise ModelError(
-            f"tensor {bad[0]} has scale {scales[bad[0]]}", "check the calibration images"
+            f"tensor {bad[0]} has scale {grids[bad[0]].scale}", "check the calibration images"
         )
     for group in where.groups:
-        widest = max(scales[name] for name in group)
-        scales.update(dict.fromkeys(group, widest))
-    return scales
+        grids.update(dict.fromkeys(group, covering(grids[name] for name in group)))
+    return grids
 
 
 def quantize_graph(
     fp32: onnx.ModelProto,
-    ranges: Mapping[str, HasScale],
+    ranges: Mapping[str, HasGrid],
     *,
+    dialect: Dialect = TENSORRT,
     where: Plan | None = None,
     weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
     codes: Mapping[str, NDArray[np.int8]] | None = None,
-    half_scales: bool = False,
 ) -> onnx.ModelProto:
-    """The INT8 graph of an FP32 graph; the original is not touched.
+    """The INT8 graph of an FP32 graph, with float biases; the original is not touched.
 
-    `ranges`: one per tensor of `activation_tensors(fp32)`. `weight_scales` (float32 [channels]) and
+    `ranges`: one per tensor that becomes INT8 by `where`, the dialect's plan. `weight_scales` (float32 [channels]) and
     `codes` (INT8, shaped as the weight) replace, by weight name, what quantization.py would choose.
-    `half_scales`: only scales that float16 can hold (see halves.py).
     Raises ModelError where a range, scale or code does not fit, or a tensor of the graph has a name that
     quantization needs.
     """
-    where = where or plan(fp32, half=half_scales)
-    scales = shared_scales(where, ranges)
-    if half_scales:
-        scales = {k: float(as_half_scales(np.asarray(v, np.float32))) for k, v in scales.items()}
+    where = where or dialect.plan(fp32)
+    grids = shared_grids(where, ranges)
+    if dialect.half:
+        grids = {name: grid.half() for name, grid in grids.items()}
     model = onnx.ModelProto()
     model.CopyFrom(fp32)
     arrays = fold.initializers(model.graph)
     weights = {w.node: w for w in where.weights}
     edited = _Edit(fp32.graph)
     for value in fp32.graph.input:
-        edited.activation(value.name, scales)
+        edited.activation(value.name, grids)
     for node in model.graph.node:
         if node.name in weights:
             weight = weights[node.name]
@@ -94,8 +87,8 @@ def quantize_graph(
             if scale is None:
                 scale = quantization.weight_scales(values, weight.axis)
             code = (codes or {}).get(weight.name)
-            scale, code = _with_room(scale, code, values, weight, _least(node, arrays, scales))
-            scale = as_half_scales(scale) if half_scales else scale
+            scale, code = _with_room(scale, code, values, weight, _least(node, arrays, grids))
+            scale = as_half_scales(scale) if dialect.half else scale
             chosen = _codes(weight, values, scale, code)
             node.input[1] = edited.weight(weight, *chosen)
         for position, name in enumerate(node.input):
@@ -103,7 +96,7 @@ def quantize_graph(
                 node.input[position] = f"{name}.dequantized"
         edited.nodes.append(node)
         for name in node.output:
-            edited.activation(name, scales)
+            edited.activation(name, grids)
     kept = [t for t in model.graph.initializer if t.name not in {w.name for w in where.weights}]
     fold.replace(model.graph.node, edited.nodes)
     fold.replace(model.graph.initializer, [*kept, *edited.tensors])
@@ -111,8 +104,14 @@ def quantize_graph(
     return fold.compact(model)
 
 
+def finish(int8: onnx.ModelProto, dialect: Dialect = TENSORRT) -> onnx.ModelProto:
+    """A copy with biases as they are deployed: on the accumulator's grid, and INT32 where the dialect wants them so."""
+    made = biases.snap_biases(int8)
+    return biases.as_integers(made) if dialect.unsigned else made
+
+
 def _least(
-    node: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto], scales: Mapping[str, float]
+    node: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto], grids: Mapping[str, Grid]
 ) -> NDArray[np.float32]:
     """Scales below which the bias of a channel is more than an integer kernel holds: |b| / (s_x 2^22), or 0.
 
@@ -120,10 +119,10 @@ def _least(
     normalization's factor decayed to 0, would have steps so small that its bias saturates, and it is all there is.
     """
     bias = arrays.get(node.input[2]) if len(node.input) > 2 else None
-    if bias is None or node.input[0] not in scales:
+    if bias is None or node.input[0] not in grids:
         return np.zeros(1, np.float32)
     value = np.abs(numpy_helper.to_array(bias).astype(np.float64).reshape(-1))
-    return (value / (scales[node.input[0]] * LARGEST)).astype(np.float32)
+    return (value / (grids[node.input[0]].scale * biases.LARGEST)).astype(np.float32)
 
 
 def _with_room(
@@ -177,11 +176,12 @@ class _Edit:
         self._constant(f"{name}.zero_point", np.zeros(scale.shape, np.int8))
         return self._node("DequantizeLinear", name, name, axis=weight.axis)
 
-    def activation(self, name: str, scales: Mapping[str, float]) -> None:
-        if name not in scales:
+    def activation(self, name: str, grids: Mapping[str, Grid]) -> None:
+        if name not in grids:
             return
-        self._constant(f"{name}.scale", np.asarray(scales[name], np.float32))
-        self._constant(f"{name}.zero_point", np.asarray(0, np.int8))
+        grid = grids[name]
+        self._constant(f"{name}.scale", np.asarray(grid.scale, np.float32))
+        self._constant(f"{name}.zero_point", np.asarray(grid.zero_point, grid.dtype))
         self._node("DequantizeLinear", self._node("QuantizeLinear", name, name), name)
 
     def _constant(self, name: str, value: NDArray[Any]) -> None:

@@ -2,7 +2,7 @@
 
 A local error is not what a range is for. Where a few channels carry large values that all classes
 share, a range that is best for the tensor can drown what tells classes apart. So the candidates of all
-tensors are tried in the graph itself: its activations are rounded as INT8 would, with the scales as
+tensors are tried in the graph itself: its activations are rounded as INT8 would, with scales and zero points as
 inputs of one session, and what counts is
 
     KL(softmax(f(x)) || softmax(g(x; scales)))
@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from resq_deploy.console import Reporter
+from resq_deploy.export.grid import Grid
 
 Images = NDArray[np.float32]
 Weights = NDArray[np.float64]
-Scales = dict[str, float]
 Prices = Mapping[str, Mapping[str, float]]  # tensor -> method -> nats
 
 GOOD_ENOUGH = 5e-4  # nats: below, not one image in a thousand changes its top-1
@@ -44,7 +44,7 @@ _ALIKE = 1.03  # candidates whose scales are nearer than this are one
 
 def search(
     fp32: onnx.ModelProto,
-    candidates: Mapping[str, Mapping[str, float]],
+    candidates: Mapping[str, Mapping[str, Grid]],
     images: Images,
     *,
     weights: Weights | None = None,
@@ -53,7 +53,7 @@ def search(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, str]:
-    """Method by tensor. `candidates`: tensor -> method -> scale, the same methods for each.
+    """Method by tensor. `candidates`: tensor -> method -> grid, the same methods for each.
 
     `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time; `weights`: what each of them
     stands for, float64 [B], 1 in sum (all alike by default). `price`: what each candidate is
@@ -61,8 +61,9 @@ def search(
     """
     if not candidates:
         return {}
-    trial = _Trial(fp32, list(candidates), images, chunk, threads, weights)
     methods = list(next(iter(candidates.values())))
+    rounded = {name: candidates[name][methods[0]].unsigned for name in candidates}
+    trial = _Trial(fp32, rounded, images, chunk, threads, weights)
     uniform = {m: trial.divergence({t: candidates[t][m] for t in candidates}) for m in methods}
     best = min(methods, key=lambda m: uniform[m])
     chosen, least = dict.fromkeys(candidates, best), uniform[best]
@@ -84,8 +85,8 @@ def search(
                 others = sorted(others, key=prices[name].__getitem__)[:_EACH]
             for method in others[:left]:
                 left -= 1
-                scales = {t: candidates[t][chosen[t]] for t in candidates}
-                found = trial.divergence(scales | {name: candidates[name][method]})
+                grids = {t: candidates[t][chosen[t]] for t in candidates}
+                found = trial.divergence(grids | {name: candidates[name][method]})
                 if found < least * _BETTER:
                     chosen[name], least = method, found
             task.note(f"KL {least:.5f}")
@@ -93,14 +94,16 @@ def search(
     return chosen
 
 
-def _spread(scales: Mapping[str, float]) -> float:
-    return max(scales.values()) / min(scales.values())
+def _spread(grids: Mapping[str, Grid]) -> float:
+    scales = [grid.scale for grid in grids.values()]
+    return max(scales) / min(scales)
 
 
-def _others(scales: Mapping[str, float], chosen: str) -> list[str]:
+def _others(grids: Mapping[str, Grid], chosen: str) -> list[str]:
     """Methods whose scale differs from the chosen one, and from each other."""
-    taken, found = [scales[chosen]], []
-    for method, scale in scales.items():
+    taken, found = [grids[chosen].scale], []
+    for method, grid in grids.items():
+        scale = grid.scale
         if all(max(scale, t) > _ALIKE * min(scale, t) for t in taken):
             taken.append(scale)
             found.append(method)
@@ -159,7 +162,7 @@ class _Trial:
     def __init__(
         self,
         fp32: onnx.ModelProto,
-        tensors: Sequence[str],
+        tensors: Mapping[str, bool],
         images: Images,
         chunk: int,
         threads: int | None,
@@ -184,12 +187,9 @@ class _Trial:
         self._parts = [images[i : i + chunk] for i in range(0, len(images), chunk)]
         self._reference = log_softmax(self._run(plain, {}))
 
-    def divergence(self, scales: Mapping[str, float]) -> float:
+    def divergence(self, grids: Mapping[str, Grid]) -> float:
         """Mean KL from FP32 in nats; infinite where a logit is not finite."""
-        given: dict[str, Any] = {
-            scale_input(name): np.asarray(scale, np.float32) for name, scale in scales.items()
-        }
-        logits = self._run(self._session, given)
+        logits = self._run(self._session, grid_inputs(grids))
         if not np.isfinite(logits).all():
             return float("inf")
         p, q = self._reference, log_softmax(logits)
@@ -207,18 +207,29 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return made
 
 
-def scale_input(tensor: str) -> str:
-    """Name of the graph input that is this tensor's scale."""
-    return f"{tensor}.trial_scale"
+def grid_inputs(grids: Mapping[str, Grid]) -> dict[str, NDArray[Any]]:
+    """What a rounded graph is given for these grids, by tensor: scales and zero points."""
+    given: dict[str, NDArray[Any]] = {}
+    for name, grid in grids.items():
+        scale, zero = _names(name)
+        given[scale] = np.asarray(grid.scale, np.float32)
+        given[zero] = np.asarray(grid.zero_point, grid.dtype)
+    return given
 
 
-def rounded_graph(fp32: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of the graph in which every reader of `tensors` reads them through Q/DQ, scales being inputs."""
+def _names(tensor: str) -> list[str]:
+    return [f"{tensor}.trial_scale", f"{tensor}.trial_zero_point"]
+
+
+def rounded_graph(fp32: onnx.ModelProto, tensors: Mapping[str, bool]) -> onnx.ModelProto:
+    """A copy of the graph that reads `tensors` through Q/DQ only, whose grids are inputs (grid_inputs).
+
+    `tensors`: name -> whether its codes are unsigned.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(fp32)
     graph = model.graph
     wanted = set(tensors)
-    zero = helper.make_tensor("trial.zero_point", TensorProto.INT8, [], [0])
     nodes: list[onnx.NodeProto] = []
     for value in fp32.graph.input:
         nodes += _pair(value.name) if value.name in wanted else []
@@ -232,15 +243,15 @@ def rounded_graph(fp32: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
     del graph.node[:]
     graph.node.extend(kept)
-    graph.initializer.append(zero)
-    graph.input.extend(
-        helper.make_tensor_value_info(scale_input(name), TensorProto.FLOAT, []) for name in tensors
-    )
+    for name, unsigned in tensors.items():
+        codes = TensorProto.UINT8 if unsigned else TensorProto.INT8
+        for given, kind in zip(_names(name), (TensorProto.FLOAT, codes), strict=True):
+            graph.input.append(helper.make_tensor_value_info(given, kind, []))
     return model
 
 
 def _pair(name: str) -> list[onnx.NodeProto]:
-    constants = [scale_input(name), "trial.zero_point"]
+    constants = _names(name)
     return [
         helper.make_node("QuantizeLinear", [name, *constants], [f"{name}.trial_code"]),
         helper.make_node("DequantizeLinear", [f"{name}.trial_code", *constants], [f"{name}.trial"]),

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from resq_deploy import quantization
 from resq_deploy.console import Reporter
-from resq_deploy.export import fold, qdq, rules
+from resq_deploy.export import fold, qdq
+from resq_deploy.export.dialect import TENSORRT, Dialect
 from resq_deploy.export.equalize import FLIP_POWER
+from resq_deploy.export.grid import HasGrid
 from resq_deploy.export.halves import as_half_scales
 from resq_deploy.export.moments import Layer, layers, second_moments
 
@@ -43,21 +45,21 @@ _DAMPING = 0.01  # of the mean of H's diagonal
 
 def reconstruct(
     fp32: onnx.ModelProto,
-    ranges: Mapping[str, qdq.HasScale],
+    ranges: Mapping[str, HasGrid],
     images: Images,
     ber: float,
     *,
-    half_scales: bool = False,
+    dialect: Dialect = TENSORRT,
     seed: int = 0,
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The INT8 graph of `fp32` with reconstructed codes, and by weight the mean factor its scales fell by.
 
-    `images`: float32 [N, C, H, W] in [0, 1], no labels; `ber`: the design BER; `ranges`, `half_scales`: as in
+    `images`: float32 [N, C, H, W] in [0, 1], no labels; `ber`: the design BER; `ranges`, `dialect`: as in
     quantize_graph. Layers that moments.layers does not know keep round-to-nearest codes.
     """
-    where = rules.plan(fp32, half=half_scales)
+    where = dialect.plan(fp32)
     arrays = fold.initializers(fp32.graph)
 
     def weights(layer: Layer) -> NDArray[np.float32]:
@@ -66,10 +68,10 @@ def reconstruct(
     found = layers(fp32, where)
     matrices = second_moments(fp32, found, ranges, images, seed, threads)
     scales, codes, shrunk = choose(
-        len(found), matrices, weights, ber, half_scales=half_scales, reporter=reporter
+        len(found), matrices, weights, ber, half_scales=dialect.half, reporter=reporter
     )
     model = qdq.quantize_graph(
-        fp32, ranges, where=where, weight_scales=scales, codes=codes, half_scales=half_scales
+        fp32, ranges, dialect=dialect, where=where, weight_scales=scales, codes=codes
     )
     return model, shrunk
 

@@ -33,7 +33,7 @@ _MOVES = frozenset(
     }
 )
 _EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
-_AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})
+AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})
 _INT8_FRIENDLY = frozenset({"Conv", "ConvTranspose", "Relu", "Clip", "Add", "MaxPool", "Concat"})
 _PREPROCESSING = frozenset({"Sub", "Div", "Add", "Mul"})
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -99,11 +99,13 @@ def plan(fp32: onnx.ModelProto, *, half: bool = False) -> Plan:
     `half`: for a graph that becomes float16 (halves.py), without rule 5: ONNX Runtime (1.31) makes its
     QLinearConcat of it, which takes no float16 scale. The Q/DQ behind the Concat says the same.
     """
-    return _Planner(fp32, half).plan()
+    return Planner(fp32, half).plan()
 
 
 @dataclass
-class _Planner:
+class Planner:
+    """Collects what is read as INT8, rule by rule; session_rules.py has others."""
+
     model: onnx.ModelProto
     half: bool = False
     reads: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -124,6 +126,7 @@ class _Planner:
         self._find_ends()
 
     def plan(self) -> Plan:
+        """All rules in their order."""
         nodes = self.model.graph.node
         for node in nodes:
             self._weighted(node)
@@ -215,10 +218,10 @@ class _Planner:
     # Rules 3 to 5
 
     def _pool(self, node: onnx.NodeProto) -> None:
-        if node.op_type not in _AVERAGE | {"MaxPool"} or not self._is_int8_later(node.output[0]):
+        if node.op_type not in AVERAGE | {"MaxPool"} or not self._is_int8_later(node.output[0]):
             return
         source = self.producers.get(self._origin(node.input[0]))
-        friendly = source is not None and source.op_type in _INT8_FRIENDLY | _AVERAGE
+        friendly = source is not None and source.op_type in _INT8_FRIENDLY | AVERAGE
         if friendly or node.input[0] in self.reads.values():
             self._read(node, 0)
             if node.op_type == "MaxPool":

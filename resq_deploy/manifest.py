@@ -59,6 +59,7 @@ class ActivationScale(Strict):
     """How one activation tensor was quantized: the range that was chosen, by which method, and what it costs."""
 
     scale: Positive
+    zero_point: int = 0
     low: float
     high: float
     method: str
@@ -76,11 +77,13 @@ class FloatOp(Strict):
 class Quantization(Strict):
     """Which codes the graph has.
 
-    `int8-symmetric-qdq`: in [-128, 127], zero point 0, which is what exports write; `int8-qdq`: with zero points or
-    unsigned codes, in a file that another tool quantized.
+    `int8-symmetric-qdq`: in [-128, 127], zero point 0, which is what exports write by TensorRT's rules;
+    `int8-qdq`: with zero points or unsigned codes, by ONNX Runtime's rules or in a file that another tool quantized.
+    `rules`: by whose an export was written; None for a file that was taken as it is.
     """
 
     scheme: Literal["int8-symmetric-qdq", "int8-qdq"] = "int8-symmetric-qdq"
+    rules: Literal["tensorrt", "onnxruntime"] | None = None
     weights: dict[str, WeightScale]
     activations: dict[str, ActivationScale]
     float_ops: tuple[FloatOp, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,14 @@ def located(path: Path, tensors: dict[str, Int8], **options: Any) -> tuple[bytes
     return plan, found
 
 
-@dataclass
-class Scale:
-    scale: float
-
-
 def int8_network(arch: str, path: Path) -> Path:
     """A network of the exporter's own, with random weights, as INT8 ONNX."""
     import torch
 
     from resq_deploy import networks
     from resq_deploy.export import graph, qdq, rules
+    from resq_deploy.export.grid import Grid
+    from tests.export.nets import Fixed
 
     torch.manual_seed(0)
     network = networks.build(arch, input_shape=(3, 32, 32), classes=10, args={}).eval()
@@ -46,6 +42,7 @@ def int8_network(arch: str, path: Path) -> Path:
     fp32 = graph.to_onnx(whole, (3, 32, 32), name=arch)
     plan = rules.plan(fp32)
     onnx.save(
-        qdq.quantize_graph(fp32, dict.fromkeys(plan.activations, Scale(0.05)), where=plan), path
+        qdq.quantize_graph(fp32, dict.fromkeys(plan.activations, Fixed(Grid(0.05))), where=plan),
+        path,
     )
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from resq_deploy.export.grid import Grid
+
 Images = NDArray[np.float32]
 SIDE = 12
 CLASSES = 6
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A range that nobody calibrated."""
+
+    grid: Grid
 
 
 class Builder:

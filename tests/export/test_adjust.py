@@ -18,6 +18,7 @@ from resq_deploy.export import graph, qdq, stage, verdict
 from resq_deploy.export.adjust import Adjusted, adjust
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
+from resq_deploy.export.dialect import Dialect
 from resq_deploy.export.distill import Recipe, between, distill, draw
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.mixtures import Doubt
@@ -147,9 +148,9 @@ def test_another_seed_gives_other_codes(adjusted: Adjusted) -> None:
 
 def test_half_scales_are_held_by_float16() -> None:
     fp32, _, ranges = plain()
-    int8 = qdq.quantize_graph(fp32, ranges, half_scales=True)
+    int8 = qdq.quantize_graph(fp32, ranges, dialect=Dialect(half=True))
     made = adjust(
-        int8, fp32, IMAGES, ranges=ranges, design=Design(BER), half_scales=True, threads=1
+        int8, fp32, IMAGES, ranges=ranges, design=Design(BER), dialect=Dialect(half=True), threads=1
     ).model
     for name, array in nets.arrays(made).items():
         if name.endswith(".scale"):

@@ -80,10 +80,10 @@ def centered(model: onnx.ModelProto, ber: float = 0.0) -> tuple[onnx.ModelProto,
 
 def error(model: onnx.ModelProto, tensor: str) -> float:
     """Mean squared error of the logits where only this tensor is rounded, by its extremes."""
-    scale = calibrate(model, [tensor], [IMAGES], "minmax", threads=1)[tensor].scale
-    rounded = ranges.rounded_graph(model, [tensor]).SerializeToString()
+    grid = calibrate(model, [tensor], [IMAGES], "minmax", threads=1)[tensor].grid
+    rounded = ranges.rounded_graph(model, {tensor: False}).SerializeToString()
     session = ort.InferenceSession(rounded, providers=["CPUExecutionProvider"])
-    given = {"input": IMAGES, ranges.scale_input(tensor): np.asarray(scale, np.float32)}
+    given = {"input": IMAGES, **ranges.grid_inputs({tensor: grid})}
     return float(
         np.square(session.run(["logits"], given)[0] - logits_of(model, [IMAGES], 1)).mean()
     )

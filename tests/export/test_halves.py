@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resq_deploy.export import graph, halves, qdq, rules
+from resq_deploy.export import graph, halves, qdq
 from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.dialect import Dialect
 from resq_deploy.metrics import sqnr_db
 from tests.helpers import SHAPE
 
@@ -46,9 +47,9 @@ def test_a_bias_has_the_rank_of_its_layer(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     whole = graph.Preprocessed(kind().eval(), (0.3,), (0.25,)).eval()
     fp32 = graph.to_onnx(whole, SHAPE, name="net")
-    where = rules.plan(fp32, half=True)
+    where = Dialect(half=True).plan(fp32)
     images = torch.rand(12, *SHAPE).numpy()
     ranges = calibrate(fp32, where.activations, [images], "minmax")
-    half = halves.to_fp16(qdq.quantize_graph(fp32, ranges, where=where, half_scales=True))
+    half = halves.to_fp16(qdq.quantize_graph(fp32, ranges, where=where, dialect=Dialect(half=True)))
     graph.check(half)
     assert sqnr_db(graph.run(fp32, images), graph.run(half, images)) > 20

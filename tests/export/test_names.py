@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx
 import pytest
@@ -14,14 +12,11 @@ from torch import Tensor, nn
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold, graph, halves, qdq, rules
 from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.dialect import Dialect
+from resq_deploy.export.grid import Grid
 from resq_deploy.metrics import sqnr_db
 from tests.export import nets
 from tests.helpers import SHAPE, exported
-
-
-@dataclass(frozen=True)
-class Fixed:
-    scale: float
 
 
 class Affine(nn.Module):
@@ -105,7 +100,7 @@ def test_parameters_called_like_other_tensors_get_a_number(
     where = rules.plan(fp32)
     ranges = calibrate(fp32, where.activations, [images], "minmax")
     for half in (False, True):
-        int8 = qdq.quantize_graph(fp32, ranges, half_scales=half)
+        int8 = qdq.quantize_graph(fp32, ranges, dialect=Dialect(half=half))
         made = halves.to_fp16(int8) if half else int8
         graph.check(made)
         assert sqnr_db(graph.run(fp32, images), graph.run(made, images)) > 20
@@ -138,7 +133,7 @@ def test_quantization_refuses_a_name_that_it_needs() -> None:
         0, helper.make_node("Mul", ["input", "input.scale"], ["louder"], name="louder")
     )
     with pytest.raises(ModelError, match=r"input\.scale already"):
-        qdq.quantize_graph(fp32, dict.fromkeys(qdq.activation_tensors(fp32), Fixed(0.1)))
+        qdq.quantize_graph(fp32, dict.fromkeys(qdq.activation_tensors(fp32), nets.Fixed(Grid(0.1))))
 
 
 def test_a_duplicate_is_not_dropped_and_fails_the_check() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,12 @@ from resq_deploy import quantization
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold, graph, halves, qdq, rules
 from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.dialect import TENSORRT, Dialect
+from resq_deploy.export.grid import Grid
 from resq_deploy.memory import fault_space
 from resq_deploy.metrics import agreement, sqnr_db
+from tests.export.nets import Fixed
 from tests.helpers import SHAPE, ZOO, Attention, Branches, Gated, Residual, exported
-
-
-@dataclass(frozen=True)
-class Fixed:
-    scale: float
 
 
 def pixels(count: int = 16) -> Any:
@@ -35,7 +32,7 @@ def pixels(count: int = 16) -> Any:
 
 def quantized(kind: type[nn.Module], **options: Any) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     fp32 = exported(kind)[1]
-    where = rules.plan(fp32, half=options.get("half_scales", False))
+    where = options.get("dialect", TENSORRT).plan(fp32)
     ranges = calibrate(fp32, where.activations, [pixels()], "minmax")
     return fp32, qdq.quantize_graph(fp32, ranges, where=where, **options)
 
@@ -78,7 +75,12 @@ def test_concatenated_inputs_share_a_scale_through_moves_and_pools() -> None:
     assert {("concat", 0), ("concat", 1), ("mix", 0)} <= where.reads
     (group,) = where.groups
     assert len(group) == 4  # two branches, the pool's input and its output
-    scales = qdq.shared_scales(where, {n: Fixed(i + 1.0) for i, n in enumerate(where.activations)})
+    scales = {
+        name: grid.scale
+        for name, grid in qdq.shared_grids(
+            where, {n: Fixed(Grid(i + 1.0)) for i, n in enumerate(where.activations)}
+        ).items()
+    }
     assert len({scales[name] for name in group}) == 1
     assert scales[group[0]] == max(i + 1.0 for i, n in enumerate(where.activations) if n in group)
 
@@ -222,7 +224,7 @@ def test_any_weight_comes_back_within_half_a_step(values: Any, transposed: int) 
         [numpy_helper.from_array(np.ascontiguousarray(weights), "w")],
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    int8 = qdq.quantize_graph(model, {"x": Fixed(0.1)})
+    int8 = qdq.quantize_graph(model, {"x": Fixed(Grid(0.1))})
     arrays = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
     axis = 0 if transposed else 1
     back = quantization.dequantize(arrays["w"], arrays["w.scale"], axis)
@@ -256,11 +258,11 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), -1.0])
 def test_a_scale_that_is_none_is_refused(scale: float) -> None:
     fp32 = exported(Residual)[1]
-    ranges = dict.fromkeys(qdq.activation_tensors(fp32), Fixed(1.0))
+    ranges = dict.fromkeys(qdq.activation_tensors(fp32), Fixed(Grid(1.0)))
     with pytest.raises(ModelError, match="has no activation range"):
         qdq.quantize_graph(fp32, {})
     with pytest.raises(ModelError, match="has scale"):
-        qdq.quantize_graph(fp32, {**ranges, "relu.out": Fixed(scale)})
+        qdq.quantize_graph(fp32, {**ranges, "relu.out": Fixed(Grid(scale))})
 
 
 # fp16
@@ -268,7 +270,7 @@ def test_a_scale_that_is_none_is_refused(scale: float) -> None:
 
 @pytest.mark.parametrize("kind", ZOO)
 def test_float16_between_float32_ends(kind: type[nn.Module]) -> None:
-    fp32, int8 = quantized(kind, half_scales=True)
+    fp32, int8 = quantized(kind, dialect=Dialect(half=True))
     half = halves.to_fp16(int8)
     onnx.checker.check_model(half, full_check=True)
     kinds = {t.data_type for t in half.graph.initializer}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,6 +12,7 @@ import pytest
 from resq_deploy.export import qdq, ranges
 from resq_deploy.export.calibrate import Probe, calibrate
 from resq_deploy.export.fisher import rounding_divergence
+from resq_deploy.export.grid import Grid
 from tests.export import nets
 
 IMAGES = nets.images(32)
@@ -54,12 +57,14 @@ def test_a_search_that_could_not_gain_is_not_made(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ranges, "GOOD_ENOUGH", np.inf)
     original = ranges._Trial.divergence
 
-    def counted(self: ranges._Trial, scales: dict[str, float]) -> float:
-        tried.append(scales)
-        return original(self, scales)
+    def counted(self: ranges._Trial, grids: dict[str, Grid]) -> float:
+        tried.append(grids)
+        return original(self, grids)
 
     monkeypatch.setattr(ranges._Trial, "divergence", counted)
-    found = ranges.search(model, {"relu.out": {"a": 0.01, "b": 0.02}}, IMAGES, threads=1)
+    found = ranges.search(
+        model, {"relu.out": {"a": Grid(0.01), "b": Grid(0.02)}}, IMAGES, threads=1
+    )
     assert len(tried) == 2
     assert found["relu.out"] in ("a", "b")
 
@@ -69,8 +74,8 @@ def test_the_better_scale_of_each_tensor_is_found(monkeypatch: pytest.MonkeyPatc
     model = nets.residual()
     good = calibrate(model, ["relu.out", "relu2.out"], [IMAGES], "mse", threads=1)
     candidates = {
-        "relu.out": {"x": good["relu.out"].scale * 9, "y": good["relu.out"].scale},
-        "relu2.out": {"x": good["relu2.out"].scale, "y": good["relu2.out"].scale / 9},
+        "relu.out": {"x": Grid(good["relu.out"].scale * 9), "y": good["relu.out"].grid},
+        "relu2.out": {"x": good["relu2.out"].grid, "y": Grid(good["relu2.out"].scale / 9)},
     }
     found = ranges.search(model, candidates, IMAGES, threads=1, chunk=5)
     assert found == {"relu.out": "y", "relu2.out": "x"}
@@ -80,28 +85,29 @@ def test_nothing_to_choose_is_nothing() -> None:
     assert ranges.search(nets.residual(), {}, IMAGES) == {}
 
 
-def test_the_trial_graph_rounds_as_the_int8_graph_does() -> None:
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_the_trial_graph_rounds_as_the_int8_graph_does(unsigned: bool) -> None:
     model = nets.chain()
     tensor = "relu.out"
-    scale = calibrate(model, [tensor], [IMAGES], "minmax", threads=1)[tensor].scale
-    made = ranges.rounded_graph(model, [tensor])
+    grid = calibrate(model, [tensor], [IMAGES], "minmax", unsigned=unsigned, threads=1)[tensor].grid
+    made = ranges.rounded_graph(model, {tensor: unsigned})
     onnx.checker.check_model(made, full_check=True)
     session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
-    given = {"input": IMAGES, ranges.scale_input(tensor): np.asarray(scale, np.float32)}
+    given = {"input": IMAGES, **ranges.grid_inputs({tensor: grid})}
     found = session.run(["logits"], given)[0]
     exact = next(v for _, v in Probe(model, [tensor, "logits"], 1).run(IMAGES[:1]))
     assert not np.array_equal(found[:1], exact["logits"])
     np.testing.assert_allclose(found[:1], exact["logits"], atol=0.1 * np.abs(exact["logits"]).max())
-    tiny = session.run(
-        ["logits"], given | {ranges.scale_input(tensor): np.asarray(1e-6, np.float32)}
-    )[0]
+    small = ranges.grid_inputs({tensor: replace(grid, scale=1e-6)})
+    tiny = session.run(["logits"], given | small)[0]
     assert np.abs(tiny - found).max() > 0.1 * np.abs(found).max()
 
 
 def test_candidates_that_are_alike_are_tried_once() -> None:
-    scales = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 1.99, "e": 0.5}
-    assert ranges._others(scales, "a") == ["c", "e"]
-    assert ranges._others(scales, "e") == ["a", "c"]
+    steps = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 1.99, "e": 0.5}
+    grids = {name: Grid(step) for name, step in steps.items()}
+    assert ranges._others(grids, "a") == ["c", "e"]
+    assert ranges._others(grids, "e") == ["a", "c"]
 
 
 def test_gradients_price_each_scale_of_each_tensor_by_what_it_costs_alone() -> None:
@@ -109,12 +115,12 @@ def test_gradients_price_each_scale_of_each_tensor_by_what_it_costs_alone() -> N
     names = ["relu.out", "relu1.out", "relu2.out"]
     good = calibrate(model, names, [IMAGES], "minmax", threads=1)
     candidates = {
-        n: {"fine": good[n].scale, "coarse": 12 * good[n].scale, "clipped": good[n].scale / 3}
-        for n in names
+        n: {"fine": Grid(s), "coarse": Grid(12 * s), "clipped": Grid(s / 3)}
+        for n, s in ((name, good[name].scale) for name in names)
     }
     priced = rounding_divergence(model, candidates, nets.images(400, seed=5))
     for name in names:
-        trial = ranges._Trial(model, [name], nets.images(400, seed=5), 64, 1)
+        trial = ranges._Trial(model, {name: False}, nets.images(400, seed=5), 64, 1)
         measured = {m: trial.divergence({name: s}) for m, s in candidates[name].items()}
         assert min(priced[name], key=lambda m: priced[name][m]) == "fine"
         assert priced[name]["coarse"] == pytest.approx(measured["coarse"], rel=0.7)
@@ -126,9 +132,9 @@ def test_prices_are_asked_for_only_where_the_start_is_far_off(
     monkeypatch.setattr(ranges, "TRIES", 0)
     model = nets.residual()
     good = calibrate(model, ["relu.out", "relu2.out"], [IMAGES], "minmax", threads=1)
-    candidates = {n: {"x": r.scale / 40, "y": r.scale / 40} for n, r in good.items()}
-    candidates["relu.out"]["y"] = good["relu.out"].scale
-    candidates["relu2.out"]["x"] = good["relu2.out"].scale
+    candidates = {n: {"x": Grid(r.scale / 40), "y": Grid(r.scale / 40)} for n, r in good.items()}
+    candidates["relu.out"]["y"] = good["relu.out"].grid
+    candidates["relu2.out"]["x"] = good["relu2.out"].grid
 
     def price() -> dict[str, dict[str, float]]:
         return rounding_divergence(model, candidates, IMAGES)
@@ -146,7 +152,7 @@ def test_prices_are_asked_for_only_where_the_start_is_far_off(
 def test_a_graph_that_the_twin_cannot_run_has_no_prices() -> None:
     model = nets.residual()
     model.graph.node[1].op_type = "Hardmax"
-    assert rounding_divergence(model, {"relu.out": {"a": 0.1}}, IMAGES) == {}
+    assert rounding_divergence(model, {"relu.out": {"a": Grid(0.1)}}, IMAGES) == {}
 
 
 def test_judges_are_the_first_images_and_the_extreme_ones_each_for_what_it_stands_for() -> None:

@@ -15,6 +15,7 @@ from resq_deploy import quantization
 from resq_deploy.export import moments as statistics
 from resq_deploy.export import qdq, reconstruct, rules
 from resq_deploy.export.calibrate import Range, calibrate
+from resq_deploy.export.dialect import Dialect
 from resq_deploy.export.moments import Layer, Window, layers, patches, second_moments
 from resq_deploy.export.reconstruct import descend, squared_error
 from tests.export import nets
@@ -120,7 +121,9 @@ def test_scales_fall_with_the_design_ber() -> None:
 def test_the_same_bytes_twice_and_half_scales_that_float16_holds() -> None:
     fp32, ranges = graph_and_ranges()
     once, twice = (
-        reconstruct.reconstruct(fp32, ranges, IMAGES, 1e-2, half_scales=True, threads=1)[0]
+        reconstruct.reconstruct(fp32, ranges, IMAGES, 1e-2, dialect=Dialect(half=True), threads=1)[
+            0
+        ]
         for _ in range(2)
     )
     assert once.SerializeToString() == twice.SerializeToString()

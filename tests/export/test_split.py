@@ -114,7 +114,7 @@ def test_what_is_copied_are_bytes(name: str) -> None:
     fp32 = everything_split(NETS[name]()).model
     copies = {n.name for n in fp32.graph.node if n.op_type == "Concat"}
     int8, ranges = quantized(fp32)
-    scales = qdq.shared_scales(rules.plan(fp32), ranges)
+    scales = qdq.shared_grids(rules.plan(fp32), ranges)
     assert all(scales[n.input[0]] == scales[n.name] for n in fp32.graph.node if n.name in copies)
     lowered = lower_graph(Graph.of(int8))
     kinds = tensor_types(lowered)
