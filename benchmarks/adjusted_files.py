@@ -36,6 +36,7 @@ TITLES = {
     "nncf": "NNCF",
     "modelopt": "ModelOpt",
     "ours": "ours",
+    "sessions": "ours, `--rules onnxruntime`",
 }
 
 
@@ -85,7 +86,7 @@ def kept(arch: str, folder: Path, setup: Setup) -> dict[str, Any]:
 def quantizers() -> list[str]:
     """Whose files are adjusted here."""
     there = importlib.util.find_spec("modelopt") is not None
-    return ["quantize_static", "nncf", *(["modelopt"] if there else []), "ours"]
+    return ["quantize_static", "nncf", *(["modelopt"] if there else []), "ours", "sessions"]
 
 
 def measured(name: str, m: Material, exact: Any, setup: Setup) -> dict[str, Any]:
@@ -115,11 +116,13 @@ def pair(
 
     from resq_deploy.console import Reporter
     from resq_deploy.export.design import Design
+    from resq_deploy.export.dialect import ONNXRUNTIME, TENSORRT
     from resq_deploy.export.qdq_file import canonical
     from resq_deploy.export.readjust import readjust
 
-    if name == "ours":
-        return ours(m, setup, None), ours(m, setup, setup.design[0]), {}
+    if name in ("ours", "sessions"):
+        by = ONNXRUNTIME if name == "sessions" else TENSORRT
+        return ours(m, setup, None, by), ours(m, setup, setup.design[0], by), {}
     made = {
         "quantize_static": lambda: peers.ort_static(m.fp32, m.calibration, "minmax"),
         "nncf": lambda: peers.nncf_ptq(m.fp32, m.calibration),

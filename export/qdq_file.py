@@ -220,13 +220,16 @@ def _activations(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, Any]]]
         if node.op_type == _Q:
             scale = numpy_helper.to_array(arrays[node.input[1]]).astype(np.float64)
             low, high = _range(scale, arrays, node)
+            zero = numpy_helper.to_array(arrays[node.input[2]]) if len(node.input) > 2 else None
+            one = scale.size == 1
             yield (
                 node.input[0],
                 {
                     "scale": float(scale.max()),
+                    "zero_point": (0 if zero is None else int(zero.reshape(()))) if one else None,
                     "low": float(low.min()),
                     "high": float(high.max()),
-                    "method": GIVEN if scale.size == 1 else f"{GIVEN}, {scale.size} channels",
+                    "method": GIVEN if one else f"{GIVEN}, {scale.size} channels",
                 },
             )
 

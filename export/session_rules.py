@@ -5,11 +5,12 @@ at once; else it computes DQ and the node in float, which is slower than FP32. A
 a range only if the codes begin there, so activations are U8 with zero points. Against TensorRT's rules (rules.py):
 
 1. What a Conv makes, behind its Relu or Clip if one reads it, is INT8, too, and its bias INT32 in units of s_x s_w.
-2. A residual sum reads both branches as INT8 where integer kernels make both, and what it makes is INT8.
+2. A sum, a product (a gate), a Sigmoid (with the product a SiLU) and a LeakyRelu of what integer kernels make read INT8
+   and make INT8. Where one side is float they stay float.
 3. What an average pool makes is INT8 before it is moved (Flatten), with the codes that it has afterwards.
 4. No layer stays float for being thin: byte kernels work on any number of channels.
 
-Gemm and MatMul have kernels with float outputs and need no more. What no byte kernel computes well (SiLU, GELU, gates,
+Gemm and MatMul have kernels with float outputs and need no more. What has no byte kernel (GELU, hard swish,
 LayerNorm, attention) is float between them, as by TensorRT's rules.
 
 Source: ONNX Runtime 1.31, "Quantize ONNX models" and the node selectors of its QDQ transformer (qdq_selectors.h).
@@ -23,6 +24,7 @@ import onnx
 
 from resq_deploy.export import rules
 
+_KERNELS = frozenset({"Add", "Mul", "Sigmoid", "LeakyRelu"})
 _VANISH = frozenset({"Relu", "Clip"})
 
 
@@ -46,9 +48,8 @@ class _Planner(rules.Planner):
         return ""
 
     def _residual(self, node: onnx.NodeProto) -> None:
-        if node.op_type != "Add" or not all(self._is_made(name) for name in node.input):
+        if node.op_type not in _KERNELS or not all(self._is_made(name) for name in node.input):
             return
-        self.epilogue.add(node.name)
         for position in range(len(node.input)):
             self._read(node, position)
         self._makes(node)

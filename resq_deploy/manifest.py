@@ -56,10 +56,13 @@ class WeightScale(Strict):
 
 
 class ActivationScale(Strict):
-    """How one activation tensor was quantized: the range that was chosen, by which method, and what it costs."""
+    """How one activation tensor was quantized: the range that was chosen, by which method, and what it costs.
+
+    `zero_point`: the code of 0; None where each channel has its own.
+    """
 
     scale: Positive
-    zero_point: int = 0
+    zero_point: int | None = 0
     low: float
     high: float
     method: str

@@ -114,6 +114,10 @@ def summary(bundle: Bundle, report: Report | None = None) -> dict[str, Any]:
         "input": manifest.input.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "metrics": manifest.metrics.model_dump(mode="json"),
+        "codes": {
+            "scheme": manifest.quantization.scheme,
+            "rules": manifest.quantization.rules,
+        },
         "adjustment": manifest.adjustment.model_dump(mode="json"),
         "layers": [asdict(layer) for layer in layers(bundle, report)],
         "activations": {

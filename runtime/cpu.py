@@ -38,7 +38,7 @@ def saturates() -> bool:
     return bool(np.any(session.run(None, {"a": a})[0] != 255 * 127 * 64))
 
 
-def exact(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:
+def unsaturated(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:
     """A lowered graph whose byte products do not saturate on this CPU; changed in place, if at all.
 
     Weights that are given when it runs, and those that nodes make, are shifted as it runs; `keep`: all others too, so
@@ -50,7 +50,7 @@ def exact(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:
 
 
 def unsigned(graph: onnx.GraphProto, *, keep: bool = False) -> None:
-    """Signed weights of integer products -> unsigned ones with a zero point of 128, in place; `keep` as in exact."""
+    """Signed weights of integer products -> unsigned ones with a zero point of 128, in place; `keep` as above."""
     held = {t.name: t for t in graph.initializer}
     shifted: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []

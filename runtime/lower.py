@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from resq_deploy.runtime.cpu import exact
+from resq_deploy.runtime.cpu import unsaturated
 from resq_deploy.runtime.forms import MOVES, MS, Lowered, Quant, Sink, Weight
 from resq_deploy.runtime.graph import Graph, attributes
 from resq_deploy.runtime.products import Products
@@ -45,7 +45,7 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     Patterns that are not known, and parameters out of the ordinary (a scale that is not positive and
     finite, a zero point on weights), stay float operators.
     """
-    return exact(lower_graph(Graph.of(model)).model(), keep=True)
+    return unsaturated(lower_graph(Graph.of(model)).model(), keep=True)
 
 
 def lower_graph(graph: Graph) -> Lowered:

@@ -23,6 +23,11 @@ from resq_deploy.runtime.differences import EFFECTS, Change, signed
 from resq_deploy.runtime.journal import Replay
 from resq_deploy.runtime.plan import PlanMap
 
+_RULES = {
+    "tensorrt": "by TensorRT's rules",
+    "onnxruntime": "by ONNX Runtime's rules: no engine takes them",
+    None: "as the file had them",
+}
 _DASH = "\u2013"
 _ACROSS = 5  # bundles beside each other
 _NAMES = 55  # characters for their names, side by side
@@ -62,6 +67,8 @@ def contents(bundle: Bundle, found: Sequence[Layer], shown: int, measured: bool)
         f"accuracy on {metrics.samples:,} images: {metrics.exact} {metrics.fp32_accuracy:.2%}, "
         f"INT8 {metrics.int8_accuracy:.2%}, same answer {metrics.agreement:.2%}"
     )
+    codes = manifest.quantization
+    yield Text(f"codes: {codes.scheme}, {_RULES[codes.rules]}")
     yield Text(_adjusted(bundle))
     for kind, names in (("attacks", manifest.attacks), ("engines", manifest.engines)):
         yield Text(f"{kind}: {', '.join(names) or 'none'}")
@@ -97,10 +104,14 @@ def scales(bundle: Bundle) -> Iterable[Any]:
     yield table(("weights", "scales", "least", "largest"), weights)
     yield Text("")
     activations = [
-        (name, a.method, f"{a.low:.3g}", f"{a.high:.3g}", f"{a.scale:.4g}")
+        (name, a.method, *(f"{v:.4g}" for v in (a.low, a.high, a.scale)), _zero(a.zero_point))
         for name, a in quantization.activations.items()
     ]
-    yield table(("activation", "method", "low", "high", "scale"), activations)
+    yield table(("activation", "method", "low", "high", "scale", "zero"), activations)
+
+
+def _zero(point: int | None) -> str:
+    return _DASH if point is None else str(point)
 
 
 def check(path: Path, found: Check) -> Iterable[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -28,6 +28,7 @@ from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
 from resq_deploy.memory import fault_space
 from tests.export import nets
+from tests.export.short import few_steps
 
 BER = 1e-2
 STEPS = ["equalize", "split", "reconstruct", "distill"]
@@ -72,12 +73,9 @@ def run(seed: int = 0, reporter: Reporter | None = None) -> Adjusted:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_steps() -> object:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(stage, "_STEPS", (30, 30))
-    patch.setattr(stage, "_MORE", 1)
-    yield
-    patch.undo()
+def short() -> Iterator[None]:
+    with few_steps(trials=True):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
 from tests.export import nets, peer_files
+from tests.export.short import few_steps
 from tests.export.test_adjust import guard
 from tests.helpers import CLASSES, checkpoint, images, save_npz
 
@@ -32,11 +34,9 @@ SMALL: dict[str, Any] = {"attacks": ("fgsm",), "attack_samples": 8, "eval_sample
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_steps() -> object:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(stage, "_STEPS", (30, 30))
-    yield
-    patch.undo()
+def short() -> Iterator[None]:
+    with few_steps():
+        yield
 
 
 Made = tuple[onnx.ModelProto, onnx.ModelProto, Adjustment]

@@ -32,6 +32,7 @@ from resq_deploy.runtime import cpu, stock
 from resq_deploy.runtime.ort import OrtRunner
 from resq_deploy.runtime.runner import open_runner
 from tests.export import nets
+from tests.export.short import few_steps
 from tests.helpers import (
     SHAPE,
     ZOO,
@@ -255,9 +256,10 @@ def test_stage_three_learns_by_these_rules_too() -> None:
     where = ONNXRUNTIME.plan(fp32)
     ranges = calibrate(fp32, where.activations, [images], unsigned=True, threads=1)
     plain = qdq.quantize_graph(fp32, ranges, dialect=ONNXRUNTIME)
-    found = adjust(
-        plain, fp32, images, ranges=ranges, design=Design(1e-2), dialect=ONNXRUNTIME, threads=1
-    )
+    with few_steps(trials=True):
+        found = adjust(
+            plain, fp32, images, ranges=ranges, design=Design(1e-2), dialect=ONNXRUNTIME, threads=1
+        )
     assert [step["step"] for step in found.record.steps][:4] == [
         *("equalize", "split", "reconstruct", "distill"),
     ]
@@ -315,7 +317,10 @@ def test_a_file_that_is_quantized_has_its_own_rules(tmp_path: Path) -> None:
         export_model(tmp_path / "m.onnx", **FAST, rules="onnxruntime")
     assert "leave it out" in caught.value.hint
     made = export_model(tmp_path / "m.onnx", **FAST)
-    assert made.manifest.quantization.rules is None
+    told, values = made.manifest.quantization, arrays(quantized(Residual))
+    assert told.rules is None
+    for name in session_rules.plan(exported(Residual)[1]).activations:
+        assert told.activations[name].zero_point == values[f"{name}.zero_point"]
 
 
 def test_saturating_products_show_beside_what_was_validated(tmp_path: Path) -> None:
