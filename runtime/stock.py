@@ -2,10 +2,14 @@
 
 An application opens model.int8.onnx with ONNX Runtime's defaults, and then its fusions and this CPU's kernels decide.
 On x86 without VNNI two neighbouring byte products saturate in 16 bits (cpu.py): answers can differ from what the file
-says, and from machine to machine. Nothing in a file tells; running it on the device does.
+says, and from machine to machine. Running it on the device tells how often; where products do not saturate, this says
+whether those of the file would elsewhere.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
@@ -14,9 +18,10 @@ from numpy.typing import NDArray
 from resq_deploy.bundle import Bundle, Sample
 from resq_deploy.console import Reporter
 from resq_deploy.metrics import top1
+from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report.model import Figure
 from resq_deploy.runtime import evidence
-from resq_deploy.runtime.cpu import saturates
+from resq_deploy.runtime.cpu import saturable, saturates
 from resq_deploy.statistics import wilson
 
 PRECISE = "session.x64quantprecision"  # microsoft/onnxruntime#12088: signed weights run as unsigned
@@ -54,6 +59,27 @@ def beside(
         return figures, (f"{said}: its fusions compute otherwise.",)
     cured = _cured(bundle, sample, answers, reporter)
     return figures, (f"{said}: byte products of this CPU saturate (x86 without VNNI).{cured}",)
+
+
+def elsewhere(bundle: Bundle) -> tuple[str, ...]:
+    """What ordinary sessions on x86 without VNNI could answer otherwise, where this machine does not show it."""
+    if saturates():
+        return ()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    with TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        try:
+            ort.InferenceSession(str(bundle.int8), options, providers=["CPUExecutionProvider"])
+            found = saturable(read_onnx(options.optimized_model_filepath))
+        except Exception:  # what cannot be run has been warned of
+            return ()
+    if not found:
+        return ()
+    return (
+        "Ordinary ONNX Runtime sessions on x86 without VNNI: byte products add up in 16 bits there, and can saturate in"
+        f" {len(found)} layers. Validate there too (agreement@stock), or set {PRECISE}=1.",
+    )
 
 
 def _cured(bundle: Bundle, sample: Sample, answers: NDArray[np.int64], reporter: Reporter) -> str:

@@ -275,7 +275,7 @@ def test_stage_three_learns_by_these_rules_too() -> None:
         assert measured["adjusted"]["faulty_agreement"] > measured["plain"]["faulty_agreement"]
 
 
-def test_a_bundle_is_validated_as_it_runs(tmp_path: Path) -> None:
+def test_a_bundle_is_validated_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint().save(tmp_path / "m.pt")
     made = export_model(tmp_path / "m.pt", **FAST, adjust=False, rules="onnxruntime")
     told = made.manifest.quantization
@@ -288,6 +288,8 @@ def test_a_bundle_is_validated_as_it_runs(tmp_path: Path) -> None:
     with open_runner(made) as runner:
         answers = runner(sample.images)
     assert agreement(plain.run(None, {"input": sample.images})[0], answers) >= 0.97
+    monkeypatch.setattr(stock, "saturates", lambda: False)
+    assert "can saturate in" in stock.elsewhere(made)[0]
     usual = export_model(tmp_path / "m.pt", tmp_path / "u.resq", **FAST, adjust=False)
     told = usual.manifest.quantization
     assert (told.scheme, told.rules) == ("int8-symmetric-qdq", "tensorrt")

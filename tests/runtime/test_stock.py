@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.console import Reporter
@@ -99,3 +101,77 @@ def test_the_probe_agrees_with_what_the_processor_has() -> None:
         assert not cpu.saturates()
     else:
         assert cpu.saturates() == ("vnni" not in flags.read_text())
+
+
+def products(codes: Any, kernel: str) -> onnx.ModelProto:
+    """One layer in integers, U8 images of 255 in, float out."""
+    conv = kernel == "QLinearConv"
+    scale, zero = np.asarray(1, np.float32), np.asarray(0, np.uint8)
+    none = np.zeros(len(codes) if conv else codes.shape[1], np.int8)
+    size = 1 / 2**16 if conv else 1.0
+    held = {"s": scale, "z": zero, "w": codes, "wz": none, "ws": np.ones(none.shape, np.float32)}
+    held |= {"ys": np.asarray(1 / size, np.float32), "yz": np.asarray(0, np.uint8)}
+    if conv:
+        inputs = ["x", "s", "z", "w", "ws", "wz", "ys", "yz"]
+        node = helper.make_node("QLinearConv", inputs, ["y"], name="layer")
+    else:
+        inputs = ["x", "w", "s", "ws", "z", "wz"]
+        node = helper.make_node(kernel, inputs, ["y"], name="layer", domain="com.microsoft")
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, None)],
+        [
+            helper.make_tensor_value_info(
+                "y", TensorProto.UINT8 if conv else TensorProto.FLOAT, None
+            )
+        ],
+        [numpy_helper.from_array(value, name) for name, value in held.items()],
+    )
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=versions, ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("pair", "could"),
+    [((64, 64), False), ((65, 64), True), ((127, -127), False), ((-128, -1), True)],
+)
+def test_pairs_that_16_bits_do_not_hold(pair: tuple[int, int], could: bool) -> None:
+    matrix = np.zeros((32, 16), np.int8)
+    matrix[4:6, 3] = pair
+    model = products(matrix, "MatMulIntegerToFloat")
+    assert bool(cpu.saturable(model)) == could
+    if cpu.saturates():
+        session = ort.InferenceSession(model.SerializeToString())
+        (y,) = session.run(None, {"x": np.full((8, 32), 255, np.uint8)})
+        assert (y[0, 3] == 255 * sum(pair)) != could
+
+
+def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel() -> None:
+    codes = np.zeros((16, 4, 3, 3), np.int8)
+    assert not cpu.saturable(products(codes, "QLinearConv"))
+    codes[2, 2:4, 1, 1] = 100
+    assert cpu.saturable(products(codes, "QLinearConv")) == ("layer",)
+    codes[2, 2:4, 1, 1] = 0
+    codes[2, 0, 0, 0:2] = 100  # neighbours where a kernel copies patches of NCHW images
+    assert cpu.saturable(products(codes, "QLinearConv")) == ("layer",)
+    codes[2, 0, 0, 0:2] = 0
+    codes[2, 1:3, 0, 0] = 100  # in other pairs
+    assert not cpu.saturable(products(codes, "QLinearConv"))
+
+
+def test_what_other_machines_could_answer_is_not_covered(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "saturates", lambda: False)
+    assert stock.elsewhere(bundle) == ()  # its session computes in float
+    monkeypatch.setattr(stock, "saturable", lambda model: ("a", "b"))
+    (said,) = stock.elsewhere(bundle)
+    assert (
+        f"saturate in 2 layers. Validate there too (agreement@stock), or set {stock.PRECISE}=1"
+        in said
+    )
+    report = validate_bundle(bundle, QUICK, output=tmp_path / "out", workers=1)
+    assert said in report.not_covered
+    monkeypatch.setattr(stock, "saturates", lambda: True)
+    assert stock.elsewhere(bundle) == ()
