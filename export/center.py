@@ -70,12 +70,13 @@ def tensors(fp32: onnx.ModelProto) -> dict[str, int]:
 
 
 def center(
-    fp32: onnx.ModelProto, moments: Mapping[str, Moments], ber: float
+    fp32: onnx.ModelProto, moments: Mapping[str, Moments], ber: float, *, nodes: bool = True
 ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
     """The same function with centred and scaled activations where that saves noise at this BER; what each gained in dB.
 
     `moments`: of every tensor in `tensors(fp32)`. Names of nodes stay; a tensor T is read as T.scaled or T.centered,
     or keeps its name where a LayerNorm makes it that nothing else reads: its own scale and bias then carry r and c.
+    `nodes`: whether nodes of their own may carry them elsewhere.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(fp32)
@@ -94,6 +95,8 @@ def center(
         if gain < LEAST:
             continue
         norm = _own_norm(producers.get(name), arrays, readers, layers)
+        if norm is None and not nodes:
+            continue
         if norm is not None:
             for parameter, values in ((norm.input[1], 0.0), (norm.input[2], shift)):
                 arrays[parameter] = ((arrays[parameter] - values) / r).astype(np.float32)

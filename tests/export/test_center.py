@@ -124,6 +124,19 @@ def test_a_norm_carries_it_for_nothing_where_it_is_the_layers_own(
     assert error(made, tensor) < 0.8 * error(model, "norm.out")
 
 
+@pytest.mark.parametrize("readers", [1, 2])
+def test_without_nodes_of_its_own_only_a_norm_carries_it(
+    readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(center, "LEAST", 0.1)
+    model = transformed(norms_readers=readers)
+    made, record = center.center(model, moments(model), 0.0, nodes=False)
+    assert [r["tensor"] for r in record] == ["norm.out"] * (readers == 1)
+    assert [n.name for n in made.graph.node] == [n.name for n in model.graph.node]
+    old, new = (logits_of(m, [IMAGES], 1) for m in (model, made))
+    np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+
+
 def test_a_norm_over_columns_does_not_carry_the_channels_of_a_convolution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
