@@ -114,16 +114,17 @@ def ours(
     from resq_deploy.export.dialect import TENSORRT
 
     dialect = dialect or TENSORRT
+    fp32 = dialect.prepared(m.fp32)
     ranges = calibrate(
-        m.fp32, dialect.plan(m.fp32).activations, (m.calibration,), unsigned=dialect.unsigned,
+        fp32, dialect.plan(fp32).activations, (m.calibration,), unsigned=dialect.unsigned,
         threads=setup.threads,
     )  # fmt: skip
-    plain = qdq.quantize_graph(m.fp32, ranges, dialect=dialect)
+    plain = qdq.quantize_graph(fp32, ranges, dialect=dialect)
     if ber is None:
         return qdq.finish(plain, dialect)
     say = Reporter(quiet=False)
     made = adjust(
-        plain, m.fp32, m.calibration, ranges=ranges, design=Design(ber), dialect=dialect,
+        plain, fp32, m.calibration, ranges=ranges, design=Design(ber), dialect=dialect,
         seed=setup.seed, threads=setup.threads, reporter=say,
     )  # fmt: skip
     return qdq.finish(made.model, dialect)

@@ -27,6 +27,10 @@ class Dialect:
         """Whether activations are U8 with zero points, and biases INT32."""
         return self.rules == "onnxruntime"
 
+    def prepared(self, fp32: onnx.ModelProto) -> onnx.ModelProto:
+        """The FP32 graph to begin with: the same function, in operators that the runtime has kernels for."""
+        return session_rules.prepared(fp32) if self.rules == "onnxruntime" else fp32
+
     def plan(self, fp32: onnx.ModelProto) -> Plan:
         """What of an FP32 graph becomes INT8."""
         if self.rules == "onnxruntime":

@@ -229,7 +229,7 @@ def _quantized(
     reporter: Reporter,
 ) -> Made:
     """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
-    fp32 = loaded.to_onnx(opset)
+    fp32 = dialect.prepared(loaded.to_onnx(opset))
     why = gradients.settle(fp32, loaded.input_shape, wanted, reporter)
     plan, images = dialect.plan(fp32), samples.as_sample(drawn.calibration)
     clean = samples.batches(drawn.calibration)

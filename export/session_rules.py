@@ -6,11 +6,12 @@ a range only if the codes begin there, so activations are U8 with zero points. A
 
 1. What a Conv makes, behind its Relu or Clip if one reads it, is INT8, too, and its bias INT32 in units of s_x s_w.
 2. A sum, a product (a gate), a Sigmoid (with the product a SiLU) and a LeakyRelu of what integer kernels make read INT8
-   and make INT8. Where one side is float they stay float.
+   and make INT8. Where one side is float they stay float. A HardSigmoid has no byte kernel; it makes INT8 all the same,
+   for the product that it is a side of.
 3. What an average pool makes is INT8 before it is moved (Flatten), with the codes that it has afterwards.
 4. No layer stays float for being thin: byte kernels work on any number of channels.
 
-Gemm and MatMul have kernels with float outputs and need no more. What has no byte kernel (GELU, hard swish,
+Gemm and MatMul have kernels with float outputs and need no more. What else has no byte kernel (GELU,
 LayerNorm, attention) is float between them, as by TensorRT's rules.
 
 Source: ONNX Runtime 1.31, "Quantize ONNX models" and the node selectors of its QDQ transformer (qdq_selectors.h).
@@ -21,16 +22,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import onnx
+from onnx import helper
 
-from resq_deploy.export import rules
+from resq_deploy.export import fold, rules
+from resq_deploy.export.names import Unique
 
-_KERNELS = frozenset({"Add", "Mul", "Sigmoid", "LeakyRelu"})
+_KERNELS = frozenset({"Add", "Mul", "Sigmoid", "HardSigmoid", "LeakyRelu"})
 _VANISH = frozenset({"Relu", "Clip"})
 
 
 def plan(fp32: onnx.ModelProto) -> rules.Plan:
     """Decide what of an FP32 graph (uniquely named nodes) becomes INT8, by the rules above."""
     return _Planner(fp32).plan()
+
+
+def prepared(fp32: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which x HardSigmoid(x) stands for HardSwish(x), as sessions compute it: the product is then of bytes.
+
+    The gate of a node N with output T is N.gate, which makes T.gate.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(fp32)
+    tensor = Unique({*fold.initializers(made.graph), *fold.producers(made.graph)})
+    named = Unique([node.name for node in made.graph.node])
+    nodes: list[onnx.NodeProto] = []
+    for node in made.graph.node:
+        if node.op_type == "HardSwish" and not node.domain:
+            gate, name = tensor(f"{node.output[0]}.gate"), named(f"{node.name}.gate")
+            nodes.append(
+                helper.make_node(
+                    "HardSigmoid", [node.input[0]], [gate], name=name, alpha=1 / 6, beta=0.5
+                )
+            )
+            node.op_type = "Mul"
+            node.input.append(gate)
+        nodes.append(node)
+    fold.replace(made.graph.node, nodes)
+    return fold.compact(made)
 
 
 @dataclass

@@ -68,7 +68,27 @@ class Capped(nn.Module):
         return logits
 
 
-KINDS = (*ZOO, Capped)
+class Gates(nn.Module):
+    """SiLU, hard swish, LeakyRelu and squeeze-excitation between convolutions, as in EfficientNet and MobileNetV3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.a = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.b = nn.Conv2d(16, 16, 1)
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.fc = nn.Linear(16, 3)
+        self.silu, self.hard, self.leaky = nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels -> logits."""
+        x = self.hard(self.a(self.silu(self.stem(x))))
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        logits: Tensor = self.fc(self.leaky(self.b(x * gate)).mean((2, 3)))
+        return logits
+
+
+KINDS = (*ZOO, Capped, Gates)
 
 
 def pixels(count: int = 32) -> NDArray[np.float32]:
@@ -77,7 +97,7 @@ def pixels(count: int = 32) -> NDArray[np.float32]:
 
 @cache
 def _quantized(kind: Any, dialect: Dialect) -> onnx.ModelProto:
-    fp32 = exported(kind)[1]
+    fp32 = dialect.prepared(exported(kind)[1])
     where = dialect.plan(fp32)
     ranges = calibrate(fp32, where.activations, [pixels()], "minmax", unsigned=dialect.unsigned)
     return qdq.finish(qdq.quantize_graph(fp32, ranges, dialect=dialect, where=where), dialect)
@@ -163,6 +183,26 @@ def test_nothing_is_dequantized_in_between(kind: type[nn.Module], tmp_path: Path
     assert found["QLinearAdd"] == (2 if kind is Residual else 1)
 
 
+def test_gates_run_in_integers(tmp_path: Path) -> None:
+    _, found = session(quantized(Gates), tmp_path / "o.onnx")
+    assert (found["QLinearSigmoid"], found["QLinearMul"], found["QLinearLeakyRelu"]) == (2, 3, 1)
+    assert not found["Mul"] + found["Sigmoid"] + found["HardSwish"]
+    assert found["HardSigmoid"] == 1  # has no byte kernel
+    assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (2, 1)
+
+
+def test_a_hard_swish_is_its_product() -> None:
+    plain = exported(Gates)[1]
+    made = ONNXRUNTIME.prepared(plain)
+    graph.check(made)
+    assert {n.op_type for n in plain.graph.node} - {n.op_type for n in made.graph.node} == {
+        "HardSwish"
+    }
+    x = pixels()
+    np.testing.assert_allclose(graph.run(made, x), graph.run(plain, x), rtol=1e-4, atol=1e-6)
+    assert TENSORRT.prepared(plain) is plain
+
+
 @pytest.mark.parametrize("kind", ZOO)  # of the other one TensorRT's rules leave half in float
 def test_it_is_nearer_to_fp32_than_signed_codes_or_hardly_farther(kind: type[nn.Module]) -> None:
     x, fp32 = pixels(64), exported(kind)[1]
@@ -193,7 +233,7 @@ def test_twin_runner_and_file_agree(kind: type[nn.Module]) -> None:
 def test_activations_are_unsigned_and_biases_integers_that_mean_the_same(
     kind: type[nn.Module],
 ) -> None:
-    fp32, model = exported(kind)[1], quantized(kind)
+    fp32, model = ONNXRUNTIME.prepared(exported(kind)[1]), quantized(kind)
     where, values, before = session_rules.plan(fp32), arrays(model), arrays(fp32)
     for name in where.activations:
         assert values[f"{name}.zero_point"].dtype == np.uint8
