@@ -25,8 +25,8 @@ from resq_deploy.runtime.segments import Segment, Tensors, open_session, session
 Channels = NDArray[np.int64]
 
 _LOCAL = ELEMENTWISE | {
-    "QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearLeakyRelu", "NhwcMaxPool",
-    "QLinearGlobalAveragePool", "ReduceMean", "Flatten", "Identity",
+    "QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul", "QLinearLeakyRelu",
+    "QLinearSigmoid", "NhwcMaxPool", "QLinearGlobalAveragePool", "ReduceMean", "Flatten", "Identity",
 }  # fmt: skip
 # op -> places of weights, scales, zero points and bias among its inputs
 _CORES = {"QLinearConv": (3, 4, 5, 8), "MatMulIntegerToFloat": (1, 3, 5, 6)}

@@ -7,7 +7,8 @@ NHWC. `lower` writes ONNX Runtime's integer operators itself and leaves nothing 
     DQ -> Conv [-> Relu | Clip | MaxPool ...] -> Q     QLinearConv, then a clamp of bytes if needed
     DQ -> Conv -> float (a residual Add, SiLU, ...)    im2col and MatMulIntegerToFloat
     DQ -> MatMul | Gemm [-> Add bias]                  MatMulIntegerToFloat
-    DQ, DQ -> Add -> Q                                 QLinearAdd
+    DQ, DQ -> Add | Mul -> Q                           QLinearAdd, QLinearMul
+    DQ -> Sigmoid | LeakyRelu -> Q                     QLinearSigmoid, QLinearLeakyRelu
     DQ -> MaxPool | Relu | GlobalAveragePool -> Q      on bytes
 
 What no pattern fits runs as the file says, in float. Weight initializers keep their names and
@@ -29,10 +30,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from resq_deploy.runtime.bytewise import Bytewise
 from resq_deploy.runtime.cpu import unsaturated
 from resq_deploy.runtime.forms import MOVES, MS, Lowered, Quant, Sink, Weight
 from resq_deploy.runtime.graph import Graph, attributes
-from resq_deploy.runtime.products import Products
 
 _UNARY = {"Relu", "Clip", "Sigmoid", "Tanh", "Erf", "HardSwish", "HardSigmoid", "LeakyRelu", "Gelu"}
 ELEMENTWISE = frozenset(_UNARY | {"Add", "Sub", "Mul", "Div", "Min", "Max", "Sqrt", "Exp", "Neg"})
@@ -54,7 +55,7 @@ def lower_graph(graph: Graph) -> Lowered:
         return _Lowering(graph).run()
 
 
-class _Lowering(Products):
+class _Lowering(Bytewise):
     """One pass over the nodes; `on_X` returns whether a pattern fitted a node X."""
 
     def run(self) -> Lowered:
@@ -241,26 +242,6 @@ class _Lowering(Products):
         self.done.add(id(add))
         return value, add.output[0]
 
-    def on_Add(self, node: onnx.NodeProto) -> bool:
-        a, b = node.input
-        sink, shapes = self.sink(node.output[0]), self.graph.shapes
-        known = a in shapes and shapes.get(a) == shapes.get(b)
-        if sink is None or not known or not (self.sane(a) and self.sane(b)):
-            return False
-        nhwc = self.is_nhwc(a) or self.is_nhwc(b)
-
-        def produce(scale: str, zero: int) -> tuple[str, bool]:
-            ins = [
-                *self.operand(a, nhwc),
-                *self.operand(b, nhwc),
-                scale,
-                self.const(zero, np.uint8),
-            ]
-            return self.emit("QLinearAdd", ins, MS), nhwc
-
-        self.close(sink, produce, self.rank(a))
-        return True
-
     def on_GlobalAveragePool(self, node: onnx.NodeProto) -> bool:
         x, out = node.input[0], node.output[0]
         sink = self.sink(out)
@@ -289,18 +270,6 @@ class _Lowering(Products):
     def _mean(self, x: str, scale: str, zero: int) -> tuple[str, bool]:
         ins = [*self.operand(x, True), scale, self.const(zero, np.uint8)]
         return self.emit("QLinearGlobalAveragePool", ins, MS, channels_last=1), True
-
-    def on_Relu(self, node: onnx.NodeProto) -> bool:
-        x, sink = node.input[0], self.sink(node.output[0])
-        if sink is None or not self.sane(x):
-            return False
-
-        def produce(scale: str, zero: int) -> tuple[str, bool]:
-            ins = [*self.operand(x, self.is_nhwc(x)), scale, self.const(zero, np.uint8)]
-            return self.emit("QLinearLeakyRelu", ins, MS, alpha=0.0), self.is_nhwc(x)
-
-        self.close(Sink((node, *sink.between), sink.q), produce, self.rank(x))
-        return True
 
     def on_MaxPool(self, node: onnx.NodeProto) -> bool:
         return self._on_codes(node) or self._flattened(node)

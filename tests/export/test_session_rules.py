@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-import torch
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
-from torch import Tensor, nn
+from onnx import helper
+from torch import nn
 
 from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.export import biases, graph, qdq, session_rules
 from resq_deploy.export.adjust import adjust
 from resq_deploy.export.calibrate import calibrate
 from resq_deploy.export.design import Design
-from resq_deploy.export.dialect import ONNXRUNTIME, TENSORRT, Dialect
+from resq_deploy.export.dialect import ONNXRUNTIME, TENSORRT
 from resq_deploy.export.grid import Grid
 from resq_deploy.export.on_device import add_engines
 from resq_deploy.export.pipeline import export_model
-from resq_deploy.export.twin import Twin
 from resq_deploy.memory import fault_space
 from resq_deploy.metrics import agreement, sqnr_db
-from resq_deploy.runtime import cpu, stock
-from resq_deploy.runtime.ort import OrtRunner
+from resq_deploy.runtime import stock
 from resq_deploy.runtime.runner import open_runner
 from tests.export import nets
+from tests.export.sessions import KINDS, Capped, Gates, arrays, pixels, quantized, session
 from tests.export.short import few_steps
 from tests.helpers import (
-    SHAPE,
     ZOO,
     Attention,
     Branches,
@@ -45,84 +38,6 @@ from tests.helpers import (
 )
 
 FAST: dict[str, Any] = {"attacks": (), "calib": dataset(64, 0), "eval": dataset(40, 1)}
-
-
-class Capped(nn.Module):
-    """ReLU6 and inverted bottlenecks, as in MobileNetV2; thin layers inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.wide = nn.Conv2d(8, 24, 1)
-        nn.init.normal_(self.wide.weight, 0, 10)  # some reach the cap
-        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
-        self.narrow = nn.Conv2d(24, 8, 1)
-        self.fc = nn.Linear(8, 3)
-        self.cap = nn.ReLU6()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pixels -> logits."""
-        x = self.cap(self.stem(x))
-        x = x + self.narrow(self.cap(self.depthwise(self.cap(self.wide(x)))))
-        logits: Tensor = self.fc(x.mean((2, 3)))
-        return logits
-
-
-class Gates(nn.Module):
-    """SiLU, hard swish, LeakyRelu and squeeze-excitation between convolutions, as in EfficientNet and MobileNetV3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1)
-        self.a = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.b = nn.Conv2d(16, 16, 1)
-        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-        self.fc = nn.Linear(16, 3)
-        self.silu, self.hard, self.leaky = nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pixels -> logits."""
-        x = self.hard(self.a(self.silu(self.stem(x))))
-        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
-        logits: Tensor = self.fc(self.leaky(self.b(x * gate)).mean((2, 3)))
-        return logits
-
-
-KINDS = (*ZOO, Capped, Gates)
-
-
-def pixels(count: int = 32) -> NDArray[np.float32]:
-    return np.random.default_rng(3).random((count, *SHAPE), dtype=np.float32)
-
-
-@cache
-def _quantized(kind: Any, dialect: Dialect) -> onnx.ModelProto:
-    fp32 = dialect.prepared(exported(kind)[1])
-    where = dialect.plan(fp32)
-    ranges = calibrate(fp32, where.activations, [pixels()], "minmax", unsigned=dialect.unsigned)
-    return qdq.finish(qdq.quantize_graph(fp32, ranges, dialect=dialect, where=where), dialect)
-
-
-def quantized(kind: type[nn.Module], dialect: Dialect = ONNXRUNTIME) -> onnx.ModelProto:
-    hashable: Any = kind
-    model: onnx.ModelProto = _quantized(hashable, dialect)
-    return model
-
-
-def session(model: onnx.ModelProto, file: Path) -> tuple[ort.InferenceSession, Counter[str]]:
-    """As an application makes it, byte products exact, and the operators that it then runs."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(file)
-    options.add_session_config_entry(stock.PRECISE, "1")
-    made = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return made, Counter(node.op_type for node in onnx.load(file).graph.node)
-
-
-def arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
 # Where
@@ -211,19 +126,6 @@ def test_it_is_nearer_to_fp32_than_signed_codes_or_hardly_farther(kind: type[nn.
         sqnr_db(exact, graph.run(quantized(kind, d), x)) for d in (TENSORRT, ONNXRUNTIME)
     )
     assert unsigned > signed - 2.5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_twin_runner_and_file_agree(kind: type[nn.Module]) -> None:
-    model, x = quantized(kind), pixels(64)
-    expected = graph.run(model, x, optimize=False)
-    with torch.no_grad():
-        twin = Twin(model)(torch.from_numpy(x)).numpy()
-    with OrtRunner(model, threads=1) as runner:
-        found = runner(x)
-    assert agreement(expected, twin) == 1
-    assert agreement(expected, found) == 1
-    assert sqnr_db(expected, found) > 25
 
 
 # Codes and biases
@@ -363,19 +265,6 @@ def test_a_file_that_is_quantized_has_its_own_rules(tmp_path: Path) -> None:
     assert told.rules is None
     for name in session_rules.plan(exported(Residual)[1]).activations:
         assert told.activations[name].zero_point == values[f"{name}.zero_point"]
-
-
-def test_saturating_products_show_beside_what_was_validated(tmp_path: Path) -> None:
-    """The reason for agreement@stock: without its option a session on such a CPU answers from other sums."""
-    model, x = quantized(Residual), pixels(64)
-    plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    apart = graph.apart(graph.run(model, x, optimize=False), plain.run(None, {"input": x})[0])
-    exact = graph.apart(
-        graph.run(model, x, optimize=False),
-        session(model, tmp_path / "o.onnx")[0].run(None, {"input": x})[0],
-    )
-    assert exact < 0.1
-    assert cpu.saturates() or apart < 0.1
 
 
 def test_a_network_without_a_layer_to_fuse_is_left_alone() -> None:
