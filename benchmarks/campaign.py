@@ -59,9 +59,10 @@ def pictures(count: int, seed: int = 0) -> Images:
 def deployed(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
     """The INT8 graph as the exporter writes it."""
     from resq_deploy.export.calibrate import calibrate
-    from resq_deploy.export.qdq import activation_tensors, quantize_graph
+    from resq_deploy.export.qdq import quantize_graph
+    from resq_deploy.export.rules import plan
 
-    return quantize_graph(fp32, calibrate(fp32, activation_tensors(fp32), np.split(images, 4)))
+    return quantize_graph(fp32, calibrate(fp32, plan(fp32).activations, np.split(images, 4)))
 
 
 def float_graph(name: str, images: Images) -> onnx.ModelProto:

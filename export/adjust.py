@@ -106,10 +106,8 @@ class _Steps:
             for name, axis in found.items():
                 moments[name].add(np.moveaxis(values[name], axis, 1))
         same, gains = equalize(fp32, moments, stage.ber)
-        floats = (
-            not self.dialect.unsigned
-        )  # between byte kernels two more nodes in float would be slow
-        same, centered = center.center(same, moments, stage.ber, nodes=floats)
+        # between byte kernels two more nodes in float would be slow
+        same, centered = center.center(same, moments, stage.ber, nodes=not self.dialect.unsigned)
         ranges = calibrate(
             same,
             self.dialect.plan(same).activations,

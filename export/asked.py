@@ -44,14 +44,15 @@ def check_rules(rules: str, taken: bool, targets: Sequence[str], high_precision:
         return
     engines = [target for target in targets if target != "onnx"]
     if taken:
-        why = "is for a float network, and this file is quantized already: leave it out"
+        said, cure = "is for a float network, and this file is quantized already", "leave it out"
     elif engines:
-        why = f"makes unsigned codes, which no engine takes: leave out --target {engines[0]}, or export twice"
+        said = "makes unsigned codes, which no engine takes"
+        cure = f"leave out --target {engines[0]}, or export twice"
     elif high_precision != "fp32":
-        why = "is for byte kernels, which take float32 scales only: leave out --high-precision"
+        said = "is for byte kernels, which take float32 scales only"
+        cure = "leave out --high-precision"
     else:
         return
-    said, _, cure = why.partition(": ")
     raise ModelError(f"--rules onnxruntime {said}", cure)
 
 

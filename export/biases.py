@@ -84,7 +84,8 @@ def _biases(
         bias, unit = tensors.get(node.input[2]), _unit(node, makers, tensors)
         if bias is None or unit is None or readers[bias.name] > 1:
             continue
-        if bias.data_type == onnx.TensorProto.FLOAT:
+        vector = sum(size > 1 for size in bias.dims) <= 1
+        if bias.data_type == onnx.TensorProto.FLOAT and vector:
             yield node, bias, unit
 
 

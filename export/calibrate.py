@@ -29,7 +29,6 @@ from resq_deploy.export.fisher import rounding_divergence
 from resq_deploy.export.grid import Grid
 from resq_deploy.export.heap import give_back
 from resq_deploy.export.histogram import Histogram
-from resq_deploy.quantization import QMAX
 
 Images = NDArray[np.float32]
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
@@ -166,20 +165,27 @@ def choose(
     """
     both = clean.merged(attacked) if attacked.total else clean
     seen = [h for h in (clean, attacked) if h.total]
+
+    def span(threshold: float) -> tuple[float, float]:
+        # The threshold is a bin edge or a peak; a tensor of one sign may stop short of it.
+        return max(both.low, -threshold), min(both.high, threshold)
+
+    def step(threshold: float) -> float:
+        return grids.over(*span(threshold), unsigned=True).scale
+
+    way = step if unsigned else methods.symmetric
+    tried = _TRIED | {"mse": partial(methods.mse, step=way)}
     names = tuple(_CHOOSE) if method == "auto" else (method,)
     rated = []
     for name in names:
-        threshold = _TRIED[name](both)
-        # The threshold is a bin edge or a peak; a tensor of one sign may stop short of it.
-        low, high = max(both.low, -threshold), min(both.high, threshold)
-        made = grids.over(low, high, unsigned=unsigned)
-        step = made.scale if unsigned else threshold / QMAX
-        rated.append((max(_relative(h, threshold, step) for h in seen), name, low, high, made))
-    error, name, low, high, made = min(rated, key=lambda r: r[0])
-    return Range(low, high, made, name, _decibel(error))
+        threshold = tried[name](both)
+        rated.append((max(_relative(h, threshold, way) for h in seen), name, threshold))
+    error, name, threshold = min(rated, key=lambda r: r[0])
+    low, high = span(threshold)
+    return Range(low, high, grids.over(low, high, unsigned=unsigned), name, _decibel(error))
 
 
-def _relative(histogram: Histogram, threshold: float, step: float) -> float:
+def _relative(histogram: Histogram, threshold: float, step: methods.Step) -> float:
     if histogram.energy == 0:
         return 0.0
     return methods.noise(histogram, threshold, step) * histogram.total / histogram.energy

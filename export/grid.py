@@ -61,7 +61,8 @@ class HasGrid(Protocol):
 def over(low: float, high: float, *, unsigned: bool) -> Grid:
     """The grid over [low, high]: symmetric about 0 (max(|low|, |high|) / 127), or, unsigned, as fine as the ends allow.
 
-    An unsigned one always has a code for 0, and is [0, high] for a tensor that a Relu made.
+    An unsigned one always has a code for 0, and is [0, high] for a tensor that a Relu made. Where neither end is 0,
+    rounding the zero point moves both by up to half a step.
     """
     if not unsigned:
         return Grid(max(max(abs(low), abs(high)) / QMAX, float(MIN_SCALE)))

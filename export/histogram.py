@@ -9,6 +9,7 @@ on the order of the samples or on how they were batched.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from resq_deploy.quantization import QMAX
 
 BINS = 4096
+Step = Callable[[float], float]
 _LEVELS = QMAX + 1
 _MIN_EXPONENT = -160  # of the bin width: 4,096 bins for the smallest float32
 
@@ -91,14 +93,19 @@ def _coarser(counts: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:
     return merged
 
 
-def noise(histogram: Histogram, threshold: float, step: float | None = None) -> float:
+def symmetric(threshold: float) -> float:
+    """The step from code to code of symmetric INT8."""
+    return threshold / QMAX
+
+
+def noise(histogram: Histogram, threshold: float, step: Step = symmetric) -> float:
     """Mean squared error of quantizing the histogram's values with T = `threshold`, each value at its bin's centre.
 
-    `step`: from code to code, T / 127 by default.
+    `step`: of a threshold.
     """
     if threshold <= 0 or histogram.total == 0:
         return 0.0
-    scale = threshold / QMAX if step is None else step
+    scale = step(threshold)
     centers = histogram.centers
     codes = np.minimum(np.rint(centers / scale), np.rint(threshold / scale))
     error = np.square(centers - codes * scale)
@@ -117,15 +124,12 @@ def percentile(histogram: Histogram, percent: float = 99.99) -> float:
     return min((min(edge, BINS - 1) + 1) * histogram.width, histogram.peak)
 
 
-def mse(histogram: Histogram, candidates: int = 96) -> float:
+def mse(histogram: Histogram, candidates: int = 96, step: Step = symmetric) -> float:
     """T with the least mean squared error, of `candidates` from peak / 32 to peak in equal ratios."""
-    return _best_mse(histogram, candidates) if histogram.peak else 0.0
-
-
-def _best_mse(histogram: Histogram, candidates: int) -> float:
-    ratios = np.geomspace(1.0, 1.0 / 32, candidates)
-    thresholds = [histogram.peak * float(r) for r in ratios]
-    errors = [noise(histogram, t) for t in thresholds]
+    if not histogram.peak:
+        return 0.0
+    thresholds = [histogram.peak * float(r) for r in np.geomspace(1.0, 1.0 / 32, candidates)]
+    errors = [noise(histogram, t, step) for t in thresholds]
     return thresholds[int(np.argmin(errors))]
 
 
@@ -134,7 +138,8 @@ def entropy(histogram: Histogram, candidates: int = 96) -> float:
 
     Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017. P is the histogram up to T with the
     saturated mass in its last bin; Q is the histogram up to T (without that mass) in 128 levels,
-    each spread evenly over its non-empty bins. Zeros take part in neither: every T keeps them.
+    for unsigned codes too, each spread evenly over its non-empty bins. Zeros take part in neither:
+    every T keeps them.
     """
     if histogram.peak == 0:
         return 0.0

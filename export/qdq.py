@@ -28,11 +28,6 @@ from resq_deploy.export.names import Unique
 from resq_deploy.export.rules import Plan, Weight
 
 
-def activation_tensors(fp32: onnx.ModelProto) -> list[str]:
-    """The tensors of an FP32 graph that get a Q/DQ pair, in graph order: what has to be calibrated."""
-    return list(TENSORRT.plan(fp32).activations)
-
-
 def shared_grids(where: Plan, ranges: Mapping[str, HasGrid]) -> dict[str, Grid]:
     """Codes of every quantized tensor: over its own range, or over all of those that must share them.
 

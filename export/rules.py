@@ -26,13 +26,13 @@ from resq_deploy.manifest import FloatOp
 THIN = 16  # channels; INT8 tensor cores take this many at a time
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_MOVES = frozenset(
+MOVES = frozenset(
     {
         *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Tile"),
         *("Slice", "Split", "Gather", "Pad", "Concat"),
     }
 )
-_EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
+EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
 AVERAGE = frozenset({"AveragePool", "GlobalAveragePool"})
 _INT8_FRIENDLY = frozenset({"Conv", "ConvTranspose", "Relu", "Clip", "Add", "MaxPool", "Concat"})
 _PREPROCESSING = frozenset({"Sub", "Div", "Add", "Mul"})
@@ -246,7 +246,7 @@ class Planner:
         """The INT8 tensors that are this one, but for moves."""
         found = [name] if name in self.reads.values() else []
         for node, _ in self.consumers.get(name, []):
-            if node.op_type in _MOVES and (node.op_type != "Concat" or self._is_one(node)):
+            if node.op_type in MOVES and (node.op_type != "Concat" or self._is_one(node)):
                 for output in node.output:
                     found += self._later(output)
         return found
@@ -255,7 +255,7 @@ class Planner:
         return bool(self._later(name))
 
     def _origin(self, name: str) -> str:
-        while name in self.producers and self.producers[name].op_type in _MOVES - {"Concat"}:
+        while name in self.producers and self.producers[name].op_type in MOVES - {"Concat"}:
             name = self.producers[name].input[0]
         return name
 
@@ -267,15 +267,19 @@ class Planner:
             return
         after = (source.name, 0) in self.reads or source.name in self.epilogue
         bias = node.op_type == "Add" and any(name in self.arrays for name in node.input)
-        if after and (node.op_type in _EPILOGUE or (bias and source.op_type == "MatMul")):
+        if after and (node.op_type in EPILOGUE or (bias and source.op_type == "MatMul")):
             self.epilogue.add(node.name)
 
     def _float_ops(self) -> Iterator[FloatOp]:
-        done = {name for name, _ in self.reads} | self.epilogue
+        done = self._done()
         for node in self.model.graph.node:
-            idle = node.op_type in _MOVES | _INDEXING or self._origin(node.output[0]) in self._sizes
+            idle = node.op_type in MOVES | _INDEXING or self._origin(node.output[0]) in self._sizes
             if node.name not in done and not idle:
                 yield FloatOp(node=node.name, op=node.op_type, reason=self._reason(node))
+
+    def _done(self) -> set[str]:
+        """Nodes that are part of an INT8 layer."""
+        return {name for name, _ in self.reads} | self.epilogue
 
     def _reason(self, node: onnx.NodeProto) -> str:
         if node.name in self.thin:

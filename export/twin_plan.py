@@ -63,7 +63,8 @@ def plan(graph: onnx.GraphProto, constants: set[str]) -> Plan:
             leaves |= dict.fromkeys(node.outputs, constant)
         done = () if constant is not None else tuple({n for n in node.inputs if last.get(n) == i})
         steps.append(Step(node, constant, tuple(n for n in done if n not in leaves)))
-    known = {*constants, *fused, *(o for node in nodes for o in node.outputs)}
+    known = {*constants, *fused, *(v.name for v in graph.input)}
+    known.update(name for node in nodes for name in node.outputs)
     return Plan(tuple(steps), fused, frozenset(known))
 
 

@@ -7,7 +7,7 @@ saturate, signed weights become unsigned ones with a zero point of 128: the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -48,7 +48,8 @@ def saturable(model: onnx.ModelProto) -> tuple[str, ...]:
     """Integer kernels of a session's graph (optimized_model_filepath) with weights that could saturate without VNNI.
 
     Two products meet in 16 bits where weights are neighbours: along the inputs of a Conv, at one place of its kernel
-    or in the order of the file, and along the rows of a matrix. 255 (|w1| + |w2|) > 32,767 if both have one sign.
+    (in the order of the file, where images are NCHW), and along the rows of a matrix. 255 (|w1| + |w2|) > 32,767 if
+    both have one sign. Depthwise kernels add in 32 bits.
     """
     held = {t.name: t for t in model.graph.initializer}
     found = []
@@ -58,22 +59,21 @@ def saturable(model: onnx.ModelProto) -> tuple[str, ...]:
         if tensor is not None and tensor.data_type == TensorProto.INT8:
             given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             codes = numpy_helper.to_array(tensor).astype(np.int32)
-            if any(_could(rows) for rows in _rows(node.op_type, codes, given)):
+            if _could(_rows(node, codes, given)):
                 found.append(node.name)
     return tuple(found)
 
 
-def _rows(op: str, codes: Codes, given: Mapping[str, Any]) -> Iterator[Codes]:
-    """Weights as kernels may read them, one row an output: [outputs, inputs]."""
-    if op == "QLinearConv":
-        yield codes.reshape(len(codes), -1)
-        yield np.moveaxis(codes, 1, -1).reshape(len(codes), -1)
-    elif codes.ndim >= 2:
-        yield (
-            codes
-            if given.get("transB")
-            else np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2])
-        )
+def _rows(node: onnx.NodeProto, codes: Codes, given: Mapping[str, Any]) -> Codes:
+    """Weights as the kernel reads them, one row an output: [outputs, inputs]."""
+    if node.op_type == "QLinearConv":
+        if codes.shape[1] == 1 and given.get("group", 1) > 1:
+            return np.zeros((1, 0), np.int32)
+        turned = np.moveaxis(codes, 1, -1) if node.domain else codes
+        return turned.reshape(len(codes), -1)
+    if codes.ndim < 2 or given.get("transB"):
+        return codes.reshape(len(codes), -1)
+    return np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2])
 
 
 def _could(rows: Codes) -> bool:

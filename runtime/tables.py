@@ -26,7 +26,6 @@ from resq_deploy.runtime.plan import PlanMap
 _RULES = {
     "tensorrt": "by TensorRT's rules",
     "onnxruntime": "by ONNX Runtime's rules: no engine takes them",
-    None: "as the file had them",
 }
 _DASH = "\u2013"
 _ACROSS = 5  # bundles beside each other
@@ -68,7 +67,8 @@ def contents(bundle: Bundle, found: Sequence[Layer], shown: int, measured: bool)
         f"INT8 {metrics.int8_accuracy:.2%}, same answer {metrics.agreement:.2%}"
     )
     codes = manifest.quantization
-    yield Text(f"codes: {codes.scheme}, {_RULES[codes.rules]}")
+    by = f", {_RULES[codes.rules]}" if codes.rules else ""
+    yield Text(f"codes: {codes.scheme}{by}")
     yield Text(_adjusted(bundle))
     for kind, names in (("attacks", manifest.attacks), ("engines", manifest.engines)):
         yield Text(f"{kind}: {', '.join(names) or 'none'}")

@@ -14,7 +14,7 @@ import torch
 
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
-from resq_deploy.export import graph, qdq, stage, verdict
+from resq_deploy.export import graph, qdq, rules, stage, verdict
 from resq_deploy.export.adjust import Adjusted, adjust
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.design import Design
@@ -38,7 +38,7 @@ IMAGES = nets.images(96)
 @lru_cache
 def plain() -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Range]]:
     fp32 = nets.residual()
-    ranges = calibrate(fp32, qdq.activation_tensors(fp32), [IMAGES], threads=1)
+    ranges = calibrate(fp32, rules.plan(fp32).activations, [IMAGES], threads=1)
     return fp32, qdq.quantize_graph(fp32, ranges), ranges
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from resq_deploy.export import graph, qdq
+from resq_deploy.export import graph, qdq, rules
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.calibrate import calibrate
 from resq_deploy.export.reconstruct import reconstruct
@@ -102,7 +102,7 @@ def test_a_channel_whose_weights_vanished_keeps_its_bias_in_every_runtime(
             value[:8] = 1e-7 * value[:8] if tensor.name.endswith("weight") else 1.0
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     pixels = nets.images(64)
-    ranges = calibrate(fp32, qdq.activation_tensors(fp32), [pixels], "minmax")
+    ranges = calibrate(fp32, rules.plan(fp32).activations, [pixels], "minmax")
     if reconstructed:
         int8, _ = reconstruct(fp32, ranges, pixels, 1e-3)
     else:

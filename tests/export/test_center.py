@@ -216,7 +216,7 @@ def test_nothing_is_written_for_less_than_it_costs(monkeypatch: pytest.MonkeyPat
 
 def test_the_twin_and_the_runner_agree_on_a_centered_graph() -> None:
     made, _ = centered(gated(), 1e-3)
-    names = qdq.activation_tensors(made)
+    names = rules.plan(made).activations
     int8 = qdq.quantize_graph(made, calibrate(made, names, [IMAGES], threads=1))
     import torch
 

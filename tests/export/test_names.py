@@ -133,7 +133,7 @@ def test_quantization_refuses_a_name_that_it_needs() -> None:
         0, helper.make_node("Mul", ["input", "input.scale"], ["louder"], name="louder")
     )
     with pytest.raises(ModelError, match=r"input\.scale already"):
-        qdq.quantize_graph(fp32, dict.fromkeys(qdq.activation_tensors(fp32), nets.Fixed(Grid(0.1))))
+        qdq.quantize_graph(fp32, dict.fromkeys(rules.plan(fp32).activations, nets.Fixed(Grid(0.1))))
 
 
 def test_a_duplicate_is_not_dropped_and_fails_the_check() -> None:

@@ -94,7 +94,7 @@ def test_a_concatenation_that_is_read_as_float_stays_float() -> None:
 def test_attention_quantizes_its_linear_layers_only() -> None:
     weighted = ("patch", "qkv", "proj", "mlp.0", "mlp.2", "head")
     assert reads_int8(Attention) == {(name, 0) for name in weighted}
-    assert qdq.activation_tensors(exported(Attention)[1])[0] == "preprocess.div.out"
+    assert rules.plan(exported(Attention)[1]).activations[0] == "preprocess.div.out"
     float_ops = {op.op for op in rules.plan(exported(Attention)[1]).float_ops}
     assert {"MatMul", "Softmax", "LayerNormalization", "Gelu", "Add"} <= float_ops
 
@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), -1.0])
 def test_a_scale_that_is_none_is_refused(scale: float) -> None:
     fp32 = exported(Residual)[1]
-    ranges = dict.fromkeys(qdq.activation_tensors(fp32), Fixed(Grid(1.0)))
+    ranges = dict.fromkeys(rules.plan(fp32).activations, Fixed(Grid(1.0)))
     with pytest.raises(ModelError, match="has no activation range"):
         qdq.quantize_graph(fp32, {})
     with pytest.raises(ModelError, match="has scale"):

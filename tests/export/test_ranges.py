@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from resq_deploy.export import qdq, ranges
+from resq_deploy.export import qdq, ranges, rules
 from resq_deploy.export.calibrate import Probe, calibrate
 from resq_deploy.export.fisher import rounding_divergence
 from resq_deploy.export.grid import Grid
@@ -33,7 +33,7 @@ def common_mode() -> onnx.ModelProto:
 
 def divergence(model: onnx.ModelProto, method: str) -> float:
     """Mean KL of FP32 from the INT8 graph with these ranges, on other images."""
-    found = calibrate(model, qdq.activation_tensors(model), [IMAGES], method, threads=1)  # type: ignore[arg-type]
+    found = calibrate(model, rules.plan(model).activations, [IMAGES], method, threads=1)  # type: ignore[arg-type]
     int8 = qdq.quantize_graph(model, found)
     fresh = nets.images(64, seed=3)
     p, q = (

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from resq_deploy import quantization
 from resq_deploy.export import moments as statistics
-from resq_deploy.export import qdq, reconstruct, rules
+from resq_deploy.export import reconstruct, rules
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.dialect import Dialect
 from resq_deploy.export.moments import Layer, Window, layers, patches, second_moments
@@ -104,7 +104,7 @@ def test_cut_weights_are_made_up_for() -> None:
 
 def graph_and_ranges() -> tuple[onnx.ModelProto, dict[str, Range]]:
     fp32 = nets.residual()
-    return fp32, calibrate(fp32, qdq.activation_tensors(fp32), [IMAGES], threads=1)
+    return fp32, calibrate(fp32, rules.plan(fp32).activations, [IMAGES], threads=1)
 
 
 def test_scales_fall_with_the_design_ber() -> None:

@@ -39,7 +39,7 @@ def everything_split(fp32: onnx.ModelProto) -> Split:
 
 
 def quantized(fp32: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Range]]:
-    ranges = calibrate(fp32, qdq.activation_tensors(fp32), [IMAGES], threads=1)
+    ranges = calibrate(fp32, rules.plan(fp32).activations, [IMAGES], threads=1)
     return qdq.quantize_graph(fp32, ranges), ranges
 
 

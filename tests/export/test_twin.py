@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from resq_deploy.errors import FaultError, ModelError
-from resq_deploy.export import graph, qdq
+from resq_deploy.export import graph, qdq, rules
 from resq_deploy.export.calibrate import calibrate
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import Fault, FaultSpace, flipped
@@ -53,7 +53,7 @@ def make(arch: str, args: Mapping[str, Any]) -> Case:
     images = np.random.default_rng(0).random((4, 3, 32, 32), dtype=np.float32)
     return Case(
         module,
-        qdq.quantize_graph(fp32, calibrate(fp32, qdq.activation_tensors(fp32), [images])),
+        qdq.quantize_graph(fp32, calibrate(fp32, rules.plan(fp32).activations, [images])),
         images,
     )
 

@@ -63,7 +63,7 @@ def test_inspect(resq: Any, bundle: Path) -> None:
     ran = resq("inspect", bundle)
     assert ran.status == 0
     assert "resnet: test:resnet, input 3x8x8" in ran.out
-    assert "codes: int8-symmetric-qdq, as the file had them" in ran.out
+    assert "codes: int8-symmetric-qdq\n" in ran.out
     assert "stage III: 1 steps for a bit error rate of 1e-3" in ran.out
     assert "sign flip" in ran.out
     assert "in floating point: softmax (Softmax), for the test" in ran.out

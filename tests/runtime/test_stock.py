@@ -147,17 +147,25 @@ def test_pairs_that_16_bits_do_not_hold(pair: tuple[int, int], could: bool) -> N
         assert (y[0, 3] == 255 * sum(pair)) != could
 
 
-def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel() -> None:
-    codes = np.zeros((16, 4, 3, 3), np.int8)
-    assert not cpu.saturable(products(codes, "QLinearConv"))
-    codes[2, 2:4, 1, 1] = 100
-    assert cpu.saturable(products(codes, "QLinearConv")) == ("layer",)
-    codes[2, 2:4, 1, 1] = 0
-    codes[2, 0, 0, 0:2] = 100  # neighbours where a kernel copies patches of NCHW images
-    assert cpu.saturable(products(codes, "QLinearConv")) == ("layer",)
-    codes[2, 0, 0, 0:2] = 0
-    codes[2, 1:3, 0, 0] = 100  # in other pairs
-    assert not cpu.saturable(products(codes, "QLinearConv"))
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel(nhwc: bool) -> None:
+    def could(*places: tuple[Any, ...], shape: tuple[int, ...] = (16, 4, 3, 3)) -> bool:
+        codes = np.zeros(shape, np.int8)
+        for place in places:
+            codes[place] = 100
+        model = products(codes, "QLinearConv")
+        model.graph.node[0].domain = "com.ms.internal.nhwc" if nhwc else ""
+        if shape[1] == 1:
+            model.graph.node[0].attribute.append(helper.make_attribute("group", shape[0]))
+        return cpu.saturable(model) == ("layer",)
+
+    assert not could()
+    assert could((2, slice(2, 4), 1, 1)) == nhwc
+    assert (
+        could((2, 0, 0, slice(0, 2))) != nhwc
+    )  # neighbours where patches of NCHW images are copied
+    assert not could((2, slice(1, 3), 0, 0))  # in other pairs
+    assert not could((2,), shape=(16, 1, 3, 3))  # depthwise
 
 
 def test_what_other_machines_could_answer_is_not_covered(
