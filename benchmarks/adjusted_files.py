@@ -192,8 +192,8 @@ def page(found: dict[str, Any], setup: Setup) -> str:
         f"without and with it: design BER {setup.design[0]:g}, {setup.calibration} calibration images. In percent:",
         f"accuracy and agreement with FP32 on {setup.test} test images of {setup.data}, then accuracy on the first",
         f"{setup.faulty} of them with every bit of every weight flipped at the rate of the column; in brackets",
-        "points above the file as it is, trial by trial, with 95% intervals. By TensorRT's rules, ours by default, inner",
-        "layers of fewer than 16 channels stay float: these flips do not reach them.",
+        "points above the file as it is, trial by trial, with 95% intervals. By TensorRT's rules, ours by default,",
+        "inner layers of fewer than 16 channels stay float: these flips do not reach them.",
         "",
     ]
     for arch, f in found.items():
