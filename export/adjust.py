@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,18 @@ from resq_deploy.export.calibrate import Probe, Range, calibrate
 from resq_deploy.export.design import Design
 from resq_deploy.export.dialect import TENSORRT, Dialect
 from resq_deploy.export.equalize import Moments, equalize, groups, tensors
-from resq_deploy.export.reconstruct import reconstruct
+from resq_deploy.export.reconstruct import WEAKER, reconstruct
 from resq_deploy.export.split import split
-from resq_deploy.export.stage import EPS, LOOKED_AT, Candidate, Images, Stage, after, split_told
+from resq_deploy.export.stage import (
+    EPS,
+    LOOKED_AT,
+    Candidate,
+    Images,
+    Stage,
+    after,
+    split_told,
+    weaker,
+)
 from resq_deploy.manifest import Adjustment
 
 
@@ -84,6 +94,7 @@ def adjust(
             ("equalize", steps.equalize),
             ("split", steps.split),
             ("reconstruct", steps.reconstruct),
+            ("reconstruct", partial(steps.reconstruct, strength=WEAKER)),
             ("distill", stage.distilled),
         ),
     )
@@ -108,6 +119,7 @@ class _Steps:
         same, gains = equalize(fp32, moments, stage.ber)
         # between byte kernels two more nodes in float would be slow
         same, centered = center.center(same, moments, stage.ber, nodes=not self.dialect.unsigned)
+        same = self.dialect.paired(same)
         ranges = calibrate(
             same,
             self.dialect.plan(same).activations,
@@ -133,21 +145,23 @@ class _Steps:
         ranges = {name: before[done.sources.get(name, name)] for name in where}
         return self._made(base, "split", Source(done.model, ranges)), told
 
-    def reconstruct(self, base: Candidate[Source]) -> tuple[Candidate[Source], dict[str, Any]]:
-        """Smaller scales, and codes that make up for what is cut; ranges stay."""
+    def reconstruct(
+        self, base: Candidate[Source], strength: float = 1.0
+    ) -> tuple[Candidate[Source], dict[str, Any]]:
+        """Smaller scales, and codes that make up for what is cut; ranges stay. `strength`: of the design BER."""
         stage, source = self.stage, base.made_of
         model, factors = reconstruct(
             source.fp32,
             source.ranges,
             stage.learn[:LOOKED_AT],
-            stage.ber,
+            strength * stage.ber,
             dialect=self.dialect,
             seed=stage.seed,
             threads=stage.threads,
             reporter=stage.say,
         )
-        made = stage.scored(after(base, "reconstructed"), model, source)
-        return made, {"scales": factors}
+        made = stage.scored(after(base, weaker("reconstructed", strength)), model, source)
+        return made, {"strength": strength, "scales": factors}
 
     def _made(self, base: Candidate[Source], step: str, source: Source) -> Candidate[Source]:
         model = qdq.quantize_graph(source.fp32, source.ranges, dialect=self.dialect)

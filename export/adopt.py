@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from resq_deploy import saturation
 from resq_deploy.bundle import sha256_of
 from resq_deploy.console import Reporter
 from resq_deploy.errors import BackendError, ModelError
 from resq_deploy.export import (
+    coded,
     formats,
     gradients,
     graph,
@@ -41,6 +43,7 @@ from resq_deploy.metrics import sqnr_db
 Normal = tuple[Sequence[float] | None, Sequence[float] | None]  # mean and std
 
 REASON = "the file was quantized already, and is taken as it is"
+FITTED = "the file was quantized already, and codes are changed only where two could saturate"
 _IMAGES = 64  # to tell whether a file has its normalization inside
 _NOTHING: Normal = (None, None)
 _BARE = 2  # place of the pair whose reference has its normalization inside, and the file not
@@ -55,13 +58,15 @@ def adopt(
     told: Normal | None = None,
     bare: LoadedModel | None = None,
     design: Design | None = None,
+    overflow_fix: bool = False,
     eps: float = EPS,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Made:
     """A quantized graph and its reference. `network`: the loaded reference, or the loaded file itself.
 
-    `design`: what stage III adjusts its weights to, None to leave them; `eps`, `seed`: as in readjust.
+    `design`: what stage III adjusts its weights to, None to leave them; `eps`, `seed`: as in readjust. `overflow_fix`:
+    first its codes become such that none saturate together on x86 without VNNI (coded.fitting).
 
     `told`: mean and std as the user gave them. A reference that is a checkpoint knows its own, so they are the file's;
     of any other, `network` has them in front and `bare` has not, and which of file and reference wants them is found
@@ -90,6 +95,8 @@ def adopt(
         )
     why = gradients.settle(int8, network.input_shape, wanted, say)
     record = Adjustment(applied=False, reason=REASON)
+    if overflow_fix:
+        int8, record = _fitting(file, int8, say), Adjustment(applied=False, reason=FITTED)
     seen = {k: v for k, v in drawn.record.items() if k.startswith("eval_")}
     seen |= {"samples": 0, "by": "the tool that quantized the file"}
     if design is not None:
@@ -100,7 +107,13 @@ def adopt(
             seen = {**drawn.record, "by": "the tool that quantized the file; these are stage III's"}
             images = samples.as_sample(drawn.calibration).images
             int8, record = readjust(
-                int8, fp32, images, design=design, eps=eps, seed=seed, reporter=say
+                int8,
+                fp32,
+                images,
+                design=design,
+                eps=eps,
+                seed=seed,
+                reporter=say,
             )
     return Made(
         fp32,
@@ -174,6 +187,17 @@ def _canonical(file: Path, source: Source) -> onnx.ModelProto:
             "fold them before: onnxruntime's quant_pre_process, or onnxsim",
         )
     return int8
+
+
+def _fitting(file: Path, int8: onnx.ModelProto, say: Reporter) -> onnx.ModelProto:
+    """The graph with codes that do not saturate, after a warning where some weights cannot be changed."""
+    made = coded.fitting(int8)
+    if saturation.could(made):
+        say.warn(
+            f"{file} can still saturate on x86 without VNNI: some of its weights are shared, or not behind a"
+            " DequantizeLinear of their own, and stay as they are"
+        )
+    return made
 
 
 def _check_adjustable(file: Path, int8: onnx.ModelProto) -> None:

@@ -123,6 +123,12 @@ class _Recorded(click.Command):
     help="By whose to quantize; by onnxruntime's an ordinary session runs in integers.",
 )
 @click.option(
+    "--overflow-fix/--no-overflow-fix",
+    default=False,
+    show_default="--no-overflow-fix",
+    help="Codes that give the same answers on x86 without VNNI, whose sums of 16 bits saturate.",
+)
+@click.option(
     "--high-precision",
     type=click.Choice(["fp32", "fp16"]),
     default="fp32",

@@ -15,11 +15,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy import quantization
+from resq_deploy import quantization, saturation
 from resq_deploy.export import fold, rules
 from resq_deploy.export.biases import LARGEST
 from resq_deploy.export.names import Unique
 from resq_deploy.export.split import MOST
+from resq_deploy.saturation import Pairs
 
 _DQ, _Q = "DequantizeLinear", "QuantizeLinear"
 
@@ -81,25 +82,45 @@ def rewrite(
 def split(model: onnx.ModelProto, copies: Mapping[str, int]) -> onnx.ModelProto:
     """The graph whose layers, by weight, read `copies` (a power of 2) of their input: the same function (split.py).
 
-    What is copied are codes: DQ -> Concat -> Q -> DQ with the scale and zero point of the input.
+    What is copied are codes: DQ -> Concat -> Q -> DQ with the scale and zero point of the input. Only where copies of a
+    code would meet in 16 bits and saturate, which nothing did before, are codes rounded anew.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    edit, look = _Edit(made), _Look(made.graph)
+    edit, look, pairs = _Edit(made), _Look(made.graph), saturation.kept(model)
     for name, layer in layers(made).items():
         if name in copies:
             count, axis = copies[name], input_axis(layer)
-            edit.weight(
-                layer,
-                np.concatenate([layer.codes] * count, axis=axis),
-                (layer.scale / np.float32(count)).astype(np.float32),
-            )
+            codes = np.concatenate([layer.codes] * count, axis=axis)
+            scale = (layer.scale / np.float32(count)).astype(np.float32)
+            own = saturation.of_layer(layer.node, codes.shape) if name in pairs else None
+            edit.weight(layer, *_fitting(codes, scale, layer.axis, own))
             where = 1 if layer.node.op_type == "Conv" else -1
             dq = look.makers[layer.node.input[0]]
             layer.node.input[0] = edit.copied(layer.node.name, dq, count, where)
     edit.place()
     fold.drop_unused(made.graph)
     return fold.compact(made)
+
+
+def _fitting(
+    codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int, pairs: Pairs | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes and scales of the same weight, of which no pair saturates."""
+    if pairs is None or pairs.fits(codes):
+        return codes, scale
+    values = quantization.dequantize(codes, scale, axis)
+    wide = saturation.weight_scales(values, axis, pairs)
+    return pairs.fit(quantization.quantize(values, wide, axis)), wide
+
+
+def fitting(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with codes and scales of which no pair saturates (saturation.py), in layers that can be rewritten."""
+    new = {}
+    for name, layer in layers(model).items():
+        pairs = saturation.of_layer(layer.node, layer.codes.shape)
+        new[name] = _fitting(layer.codes, layer.scale, layer.axis, pairs)
+    return rewrite(model, new)
 
 
 def can_split(layer: Coded) -> bool:

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from resq_deploy import quantization
+from resq_deploy import quantization, saturation
 from resq_deploy.bundle import Sample
 from resq_deploy.export import graph
 from resq_deploy.export.calibrate import Range
@@ -106,6 +106,7 @@ def quantization_of(
     return {
         "scheme": "int8-qdq" if dialect.unsigned else "int8-symmetric-qdq",
         "rules": dialect.rules,
+        "saturates": saturation.could(int8),
         "weights": {w.name: _weight(w, before[w.name], after) for w in plan.weights},
         "activations": {name: _activation(name, ranges[name], after) for name in plan.activations},
         "float_ops": plan.float_ops,

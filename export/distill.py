@@ -112,6 +112,7 @@ def _teach(
             with twin.flipped(draw(weights, recipe.ber, rng)):
                 faulty = _learn(twin, batch, target, recipe.part)
             optimizer.step()
+            twin.settle()
             task.note(f"KL {golden / recipe.clean:.4f}, with flips {faulty:.4f}")
             task.advance(1)
     return True

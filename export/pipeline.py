@@ -75,6 +75,7 @@ def export_model(
     sm: Sequence[str] = (),
     engine: EngineOptions | None = None,
     rules: Rules = "tensorrt",
+    overflow_fix: bool = False,
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool | None = None,
@@ -102,7 +103,8 @@ def export_model(
     `targets`: which engines to build beside the ONNX files, for batches `batch` (min, opt, max) and, with
     TensorRT-RTX, compute capabilities `sm`; `engine`: how they are built.
     `rules`: by whose the graph is written (dialect.py): `onnxruntime` is for ordinary sessions of ONNX Runtime, which
-    then run in integers, and for no engine. `high_precision`: type of what stays float.
+    then run in integers, and for no engine. `overflow_fix`: weights keep to codes whose products do not saturate on x86
+    without VNNI (saturation.py). `high_precision`: type of what stays float.
     `adjust`: whether stage III adapts codes, scales and biases to bit flips at `design_ber`, with a `redundancy` and
     an `effort` as in design.py; None: unless the file is quantized already, whose codes and scales of weights it would
     change (readjust.py).
@@ -167,6 +169,7 @@ def export_model(
             told=told,
             bare=bare,
             design=design if adjusts else None,
+            overflow_fix=overflow_fix,
             eps=parse_eps(eps),
             seed=seed,
             reporter=say,
@@ -177,7 +180,7 @@ def export_model(
             loaded,
             drawn,
             wanted,
-            Dialect(rules, half=high_precision == "fp16"),
+            Dialect(rules, half=high_precision == "fp16", overflow_fix=overflow_fix),
             design if adjusts else None,
             parse_eps(eps),
             opset,

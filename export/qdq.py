@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy import quantization
+from resq_deploy import quantization, saturation
 from resq_deploy.errors import ModelError
 from resq_deploy.export import biases, fold
 from resq_deploy.export.dialect import TENSORRT, Dialect
@@ -70,7 +70,7 @@ def quantize_graph(
     model = onnx.ModelProto()
     model.CopyFrom(fp32)
     arrays = fold.initializers(model.graph)
-    weights = {w.node: w for w in where.weights}
+    weights, pairs = {w.node: w for w in where.weights}, dialect.pairs(fp32, where)
     edited = _Edit(fp32.graph)
     for value in fp32.graph.input:
         edited.activation(value.name, grids)
@@ -79,12 +79,14 @@ def quantize_graph(
             weight = weights[node.name]
             values = numpy_helper.to_array(arrays[weight.name])
             scale = (weight_scales or {}).get(weight.name)
+            own = pairs.get(weight.name)
             if scale is None:
-                scale = quantization.weight_scales(values, weight.axis)
+                scale = saturation.weight_scales(values, weight.axis, own)
             code = (codes or {}).get(weight.name)
             scale, code = _with_room(scale, code, values, weight, _least(node, arrays, grids))
             scale = as_half_scales(scale) if dialect.half else scale
-            chosen = _codes(weight, values, scale, code)
+            code, scale = _codes(weight, values, scale, code)
+            chosen = (code if own is None else own.fit(code)), scale
             node.input[1] = edited.weight(weight, *chosen)
         for position, name in enumerate(node.input):
             if (node.name, position) in where.reads:

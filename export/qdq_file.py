@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from resq_deploy import saturation
 from resq_deploy.errors import ModelError
 from resq_deploy.export import fold, graph, names
 from resq_deploy.manifest import FloatOp
@@ -72,6 +73,7 @@ def listing(model: onnx.ModelProto) -> dict[str, Any]:
             }
     return {
         "scheme": "int8-symmetric-qdq" if is_symmetric(model) else "int8-qdq",
+        "saturates": saturation.could(model),
         "weights": weights,
         "activations": dict(_activations(model)),
         "float_ops": tuple(_float_ops(model, ops)),

@@ -6,29 +6,40 @@
     4 guard         the file as it is stands where plain INT8 stands for a network of ours
 
 Nothing is calibrated, and no float weight is needed: what a weight is to stand for is what its codes stand for now.
-Codes that a quantizer kept within 7 bits stay there (quantization.code_limit).
+Layers of which no two codes saturate that meet in 16 bits stay so (saturation.kept).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from resq_deploy import quantization
+from resq_deploy import quantization, saturation
 from resq_deploy.console import Reporter
 from resq_deploy.export import coded, fold, moments
 from resq_deploy.export.biases import snap_biases
 from resq_deploy.export.coded import Coded
 from resq_deploy.export.design import Design
-from resq_deploy.export.reconstruct import choose
+from resq_deploy.export.reconstruct import WEAKER, choose
 from resq_deploy.export.split import Cost, allocate
-from resq_deploy.export.stage import EPS, LOOKED_AT, Candidate, Images, Stage, after, split_told
+from resq_deploy.export.stage import (
+    EPS,
+    LOOKED_AT,
+    Candidate,
+    Images,
+    Stage,
+    after,
+    split_told,
+    weaker,
+)
 from resq_deploy.export.work import ELEMENT, elements, multiplications
 from resq_deploy.manifest import Adjustment
+from resq_deploy.saturation import Pairs
 
 
 def readjust(
@@ -45,8 +56,8 @@ def readjust(
     """Adjust a canonical Q/DQ graph (qdq_file.py) to bit flips as in `design` and attacks of `eps`; and the record.
 
     `fp32`: the network it was made of, or its own weights in float arithmetic: the judge and the teacher. `images`:
-    as in adjust. The result has the same nodes, ranges and types, but for copies of inputs, and for weights that had
-    one scale and have one a channel. Deterministic as adjust is.
+    as in adjust. The result has the same nodes, ranges and types, but for
+    copies of inputs, and for weights that had one scale and have one a channel. Deterministic as adjust is.
     Raises DataError for fewer than 16 images, ModelError for a graph without a twin.
     """
     stage = Stage[None](fp32, images, design or Design(), eps, seed, threads, reporter)
@@ -57,6 +68,7 @@ def readjust(
         (
             ("split", steps.split),
             ("reconstruct", steps.reconstruct),
+            ("reconstruct", partial(steps.reconstruct, strength=WEAKER)),
             ("distill", stage.distilled),
         ),
     )
@@ -91,10 +103,12 @@ class _Steps:
         made = self.stage.scored(after(base, "split"), model, None)
         return made, split_told(copies, work, cost)
 
-    def reconstruct(self, base: Candidate[None]) -> tuple[Candidate[None], dict[str, Any]]:
-        """Smaller scales, one for each channel, and codes that make up for what is cut."""
+    def reconstruct(
+        self, base: Candidate[None], strength: float = 1.0
+    ) -> tuple[Candidate[None], dict[str, Any]]:
+        """Smaller scales, one for each channel, and codes that make up for what is cut; `strength`: of the BER."""
         stage, found = self.stage, coded.layers(base.model)
-        shapes = fold.shapes(base.model)
+        shapes, pairs = fold.shapes(base.model), saturation.kept(base.model)
         ready = []
         for name, layer in found.items():
             rank = len(shapes.get(layer.node.input[0], ()))
@@ -109,19 +123,21 @@ class _Steps:
             len(ready),
             matrices,
             lambda layer: found[layer.weight].values,
-            stage.ber,
-            limits={name: quantization.code_limit(layer.codes) for name, layer in found.items()},
+            strength * stage.ber,
+            pairs=pairs,
             reporter=stage.say,
         )
-        new = {name: _with_room(found[name], codes[name], scales[name]) for name in scales}
+        new = {n: _with_room(found[n], codes[n], scales[n], pairs.get(n)) for n in scales}
         model = coded.rewrite(base.model, new)
-        return stage.scored(after(base, "reconstructed"), model, None), {"scales": factors}
+        made = stage.scored(after(base, weaker("reconstructed", strength)), model, None)
+        return made, {"strength": strength, "scales": factors}
 
 
 def _with_room(
-    layer: Coded, codes: NDArray[np.int8], scale: NDArray[np.float32]
+    layer: Coded, codes: NDArray[np.int8], scale: NDArray[np.float32], pairs: Pairs | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Codes and scales, rounded anew where a bias needs a wider one."""
     raised = np.maximum(scale, layer.least)
     wide = quantization.channelwise(raised > scale, layer.codes.ndim, layer.axis)
-    return np.where(wide, quantization.quantize(layer.values, raised, layer.axis), codes), raised
+    new = np.where(wide, quantization.quantize(layer.values, raised, layer.axis), codes)
+    return (new if pairs is None else pairs.fit(new)), raised

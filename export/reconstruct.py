@@ -31,6 +31,7 @@ from resq_deploy.export.equalize import FLIP_POWER
 from resq_deploy.export.grid import HasGrid
 from resq_deploy.export.halves import as_half_scales
 from resq_deploy.export.moments import Layer, layers, second_moments
+from resq_deploy.saturation import ROOM, Pairs, bounds_of_rows, fit_rows
 
 Images = NDArray[np.float32]
 
@@ -38,6 +39,8 @@ SHARE = (
     0.3  # of the design BER that scales are chosen for: a squared error overrates rare large ones
 )
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of max|w| / 127
+WIDER = (1.6, 1.4, 1.2)  # as well, where pairs of codes have to fit
+WEAKER = 0.25  # of the design BER, where answers change too often at all of it
 _SWEEPS = 3  # over all inputs, once the scale is chosen
 _BLOCK = 128  # inputs after which the errors of all others are brought up to date
 _DAMPING = 0.01  # of the mean of H's diagonal
@@ -67,8 +70,9 @@ def reconstruct(
 
     found = layers(fp32, where)
     matrices = second_moments(fp32, found, ranges, images, seed, threads)
+    pairs = dialect.pairs(fp32, where)
     scales, codes, shrunk = choose(
-        len(found), matrices, weights, ber, half_scales=dialect.half, reporter=reporter
+        len(found), matrices, weights, ber, pairs=pairs, half_scales=dialect.half, reporter=reporter
     )
     model = qdq.quantize_graph(
         fp32, ranges, dialect=dialect, where=where, weight_scales=scales, codes=codes
@@ -82,14 +86,14 @@ def choose(
     weights: Callable[[Layer], NDArray[np.float32]],
     ber: float,
     *,
-    limits: Mapping[str, int] | None = None,
+    pairs: Mapping[str, Pairs] | None = None,
     half_scales: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int8]], dict[str, float]]:
     """By weight: scales, codes, and the mean factor that the scales fell by.
 
     `matrices`: `count` layers with E[x x^T], which is damped in place; `weights`: what codes are to stand for;
-    `limits`: the largest magnitude of codes, by weight, where that is not 127.
+    `pairs`: which codes of a weight must not saturate together (saturation.py), by weight, where some must not.
     """
     scales: dict[str, NDArray[np.float32]] = {}
     codes: dict[str, NDArray[np.int8]] = {}
@@ -97,13 +101,12 @@ def choose(
     with (reporter or Reporter()).task("reconstructing", count, "layers") as task:
         for layer, moments in matrices:
             values = weights(layer)
-            most = (limits or {}).get(layer.weight, quantization.QMAX)
-            full = quantization.weight_scales(values, layer.axis) * np.float32(
-                quantization.QMAX / most
-            )
-            options = (np.float32(factor) * full for factor in FACTORS)
+            full = quantization.weight_scales(values, layer.axis)
+            room = Room((pairs or {}).get(layer.weight))
+            factors = (*WIDER, *FACTORS) if room.partners else FACTORS
+            options = (np.float32(factor) * full for factor in factors)
             tried = [as_half_scales(scale) if half_scales else scale for scale in options]
-            scale, code = _channels(layer, values, tried, moments, SHARE * ber, most)
+            scale, code = _channels(layer, values, tried, moments, SHARE * ber, room)
             scales[layer.weight], codes[layer.weight] = scale, code
             shrunk[layer.weight] = round(float((scale / full).mean()), 3)
             task.advance(1)
@@ -116,7 +119,7 @@ def _channels(
     tried: list[NDArray[np.float32]],
     moments: Tensor,
     ber: float,
-    most: int,
+    room: Room,
 ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
     """The best of the tried scales for each channel, and the codes for them, shaped as the weight; damps `moments`."""
     damped = _damp(moments)
@@ -125,11 +128,11 @@ def _channels(
     power = FLIP_POWER * ber * damped.diagonal(dim1=1, dim2=2).sum(1)[:, None]
     costs = []
     for scale in scales:
-        codes = descend(rows, damped, scale, sweeps=1, most=most)
+        codes = descend(rows, damped, scale, sweeps=1, room=room)
         costs.append(squared_error(rows, damped, scale, codes) + power * scale.square())
     best = torch.stack(costs).argmin(0)
     scale = torch.stack(scales).gather(0, best[None])[0]
-    codes = descend(rows, damped, scale, sweeps=_SWEEPS, most=most)
+    codes = descend(rows, damped, scale, sweeps=_SWEEPS, room=room)
     return scale.reshape(-1).numpy(), layer.weights(codes.numpy().astype(np.int8), weights.shape)
 
 
@@ -140,44 +143,76 @@ def _damp(moments: Tensor) -> Tensor:
     return moments
 
 
+class Room:
+    """How far codes of one weight may go: to -127 and 127, and with `pairs`, as far as no two of them saturate."""
+
+    def __init__(self, pairs: Pairs | None = None) -> None:
+        self.partners = () if pairs is None else pairs.partners
+
+    def fit(self, codes: Tensor) -> Tensor:
+        """Whole numbers, float32 [..., inputs], within these ends."""
+        held = codes.clamp(-quantization.QMAX, quantization.QMAX)
+        return torch.from_numpy(fit_rows(held.numpy(), self.partners)) if self.partners else held
+
+    def clamp(self, wanted: Tensor, codes: Tensor) -> Tensor:
+        """Each of `wanted` as far as it may go while all others are those of `codes`."""
+        if not self.partners:
+            return wanted.clamp(-quantization.QMAX, quantization.QMAX)
+        low, high = (torch.from_numpy(v) for v in bounds_of_rows(codes.numpy(), self.partners))
+        return torch.clamp(wanted, low, high)
+
+    def clamp_one(self, wanted: Tensor, codes: Tensor, i: int) -> Tensor:
+        """The same for input `i` alone: float32 [...]."""
+        held = wanted.clamp(-quantization.QMAX, quantization.QMAX)
+        for partner in self.partners:
+            if (j := int(partner[i])) < codes.shape[-1]:
+                beside = codes[..., j]
+                held = torch.clamp(held, -ROOM - beside.clamp(max=0), ROOM - beside.clamp(min=0))
+        return held
+
+
+ANY = Room()
+
+
 def descend(
-    weights: Tensor, moments: Tensor, scales: Tensor, sweeps: int, most: int = quantization.QMAX
+    weights: Tensor, moments: Tensor, scales: Tensor, sweeps: int, room: Room = ANY
 ) -> Tensor:
-    """Codes with a small squared error at the output, never a larger one than rounding to nearest.
+    """Codes with a small squared error at the output, never a larger one than rounding to nearest, where that fits.
 
     `weights`: float32 [groups, channels, inputs]; `moments`: E[x x^T], [groups, inputs, inputs], positive diagonal;
-    `scales`: [groups, channels]. Returns whole numbers in [-most, most], float32, shaped as the weights.
+    `scales`: [groups, channels]. Returns whole numbers in [-127, 127], float32, shaped as the weights.
     """
     scale = scales[..., None]
-    codes = (weights / scale).round().clamp(-most, most)
+    codes = room.fit((weights / scale).round())
     error = (weights - codes * scale) @ moments
     for _ in range(sweeps):
         for begin in range(0, weights.shape[-1], _BLOCK):
             block = slice(begin, begin + _BLOCK)
             before = codes[..., block].clone()
-            _descend(codes[..., block], error[..., block], moments[:, block, block], scales, most)
+            _descend(codes, begin, error[..., block], moments[:, block, block], scales, room)
             error -= (codes[..., block] - before) * scale @ moments[:, block]
-        if not _moved(codes, error, moments, scale, most):
+        if not _moved(codes, error, moments, scale, room):
             break
     return codes
 
 
-def _moved(codes: Tensor, error: Tensor, moments: Tensor, scale: Tensor, most: int) -> bool:
+def _moved(codes: Tensor, error: Tensor, moments: Tensor, scale: Tensor, room: Room) -> bool:
     """Whether another sweep would change a code."""
     steps = error / (scale * moments.diagonal(dim1=1, dim2=2)[:, None])
-    wanted = (codes + steps).round().clamp(-most, most)
-    return bool((wanted != codes).any())
+    return bool((room.clamp((codes + steps).round(), codes) != codes).any())
 
 
-def _descend(codes: Tensor, error: Tensor, moments: Tensor, scales: Tensor, most: int) -> None:
-    """One sweep over some inputs: `codes` change in place, `error` is read."""
+def _descend(
+    codes: Tensor, begin: int, error: Tensor, moments: Tensor, scales: Tensor, room: Room
+) -> None:
+    """One sweep over some inputs, from `begin` on: `codes` change in place, `error` and `moments` are of these."""
     here = error.clone()
     diagonal = moments.diagonal(dim1=1, dim2=2)
-    for i in range(codes.shape[-1]):
-        old = codes[..., i].clone()
+    for i in range(here.shape[-1]):
+        old = codes[..., begin + i].clone()
         new = (old + here[..., i] / (scales * diagonal[:, i, None])).round()
-        codes[..., i] = new.clamp_(-most, most)
-        here -= ((codes[..., i] - old) * scales)[..., None] * moments[:, i, None]
+        codes[..., begin + i] = room.clamp_one(new, codes, begin + i)
+        here -= ((codes[..., begin + i] - old) * scales)[..., None] * moments[:, i, None]
 
 
 def squared_error(weights: Tensor, moments: Tensor, scales: Tensor, codes: Tensor) -> Tensor:

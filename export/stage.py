@@ -118,18 +118,23 @@ class Stage(Generic[T]):
     def run(
         self, int8: onnx.ModelProto, made_of: T, steps: Sequence[tuple[str, Step[T]]]
     ) -> tuple[Candidate[T], Adjustment]:
-        """All steps, of which the last learns; the best graph of `int8` and what came of it, and the record."""
+        """All steps, of which the last learns; the best graph of `int8` and what came of it, and the record.
+
+        A step of the name of the one before is a weaker one, for where that is refused.
+        """
         plain = self.scored("plain", int8, made_of)
         self._tell(plain)
-        kept, told = [plain], []
+        candidate, kept, told = plain, [plain], list[dict[str, Any]]()
         for name, step in steps:
+            if told and told[-1]["step"] == name and told[-1]["kept"]:
+                continue
             base = kept[-1]
             give_back()
             candidate, found = step(base)
             told.append({"step": name, **found} | self._judge(candidate, kept))
         for share in _SHARES if kept[-1] is not candidate else ():
             model = between(base.model, candidate.model, share)
-            part = self.scored(f"{candidate.name} x {share}", model, base.made_of)
+            part = self.scored(weaker(candidate.name, share), model, base.made_of)
             told.append({"step": "back off", "share": share} | self._judge(part, kept))
             if kept[-1] is part:
                 break
@@ -242,6 +247,11 @@ class Stage(Generic[T]):
 def after(base: Candidate[Any], step: str) -> str:
     """What a graph is called that comes of `base` by one more step."""
     return step if base.name == "plain" else f"{base.name}, {step}"
+
+
+def weaker(step: str, share: float) -> str:
+    """What a step is called that does only a share of what it could."""
+    return step if share == 1 else f"{step} x {share}"
 
 
 def logits_of(

@@ -36,7 +36,8 @@ from resq_deploy.export.twin_plan import DQ, FAKE, OPS, Q, Step, plan
 from resq_deploy.export.twin_shapes import DTYPES
 from resq_deploy.faults import Flips, TensorFlips, flip_bits
 from resq_deploy.onnx_file import read_onnx
-from resq_deploy.quantization import code_limit
+from resq_deploy.quantization import QMAX
+from resq_deploy.saturation import Pairs, kept
 
 _RANGES = {
     torch.int8: (-128, 127),
@@ -68,7 +69,9 @@ class Twin(nn.Module):
         self._plan = plan(graph, set(self._slots))
         self._flips: Flips | None = None
         self._override: dict[str, Tensor] = {}
-        self._limits: dict[str, int] = {}
+        self._pairs: dict[str, Pairs] | None = (
+            None  # of the codes as they were when they began to learn
+        )
         self._cache: dict[str, tuple[tuple[tuple[Tensor, int], ...], tuple[Tensor, ...]]] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,15 +105,25 @@ class Twin(nn.Module):
     def learnable(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Make these initializers learnable; name -> parameter (also in `parameters()`).
 
-        Of INT8 codes it is a float32 shadow in code units, rounded half to even and clamped to [-127, 127], or to 7
-        bits (quantization.code_limit), in forward, straight-through in backward except where it would leave the range
-        further. Biases and scales are themselves. Raises ModelError for an unknown name or an integer that is no code.
+        Of INT8 codes it is a float32 shadow in code units, rounded half to even and clamped to [-127, 127] in forward,
+        and to pairs that do not saturate where none does now (saturation.kept); straight-through in backward except
+        where it would leave the range further. Biases and scales are themselves. Raises ModelError for an unknown name
+        or an integer that is no code.
         """
         return {name: self._shadow(name) for name in names}
 
     def can_learn(self, name: str) -> bool:
         """Whether an initializer can be made learnable: INT8 codes and float32 values can."""
         return self._buffer(name).dtype in (torch.int8, torch.float32)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a step of an optimizer: shadows of codes that must fit in pairs move to the nearest that do."""
+        for name, pairs in (self._pairs or {}).items():
+            shadow = self._learned(name)
+            if shadow is not None:
+                held = shadow.clamp(-QMAX, QMAX).numpy()
+                shadow.copy_(torch.from_numpy(pairs.nearest(held)))
 
     def freeze(self) -> None:
         """End learning: write what the shadows round to into the codes, and require no gradient any more."""
@@ -127,8 +140,9 @@ class Twin(nn.Module):
             return buffer.detach()
         if buffer.dtype.is_floating_point:
             return shadow.detach()
-        limit = self._limits[name]
-        return shadow.detach().round().clamp(-limit, limit).to(buffer.dtype)
+        codes = shadow.detach().round().clamp(-QMAX, QMAX).to(buffer.dtype)
+        pairs = (self._pairs or {}).get(name)
+        return codes if pairs is None else torch.from_numpy(pairs.fit(codes.numpy()))
 
     @contextmanager
     def flipped(self, flips: Flips) -> Iterator[Twin]:
@@ -177,9 +191,9 @@ class Twin(nn.Module):
         if not self.can_learn(name):
             raise ModelError(f"{name} is {buffer.dtype}, which cannot be learned")
         if shadow is None:
+            if self._pairs is None:
+                self._pairs = kept(self._model)
             shadow = nn.Parameter(buffer.detach().float().clone())
-            if not buffer.dtype.is_floating_point:
-                self._limits[name] = code_limit(buffer.cpu().numpy())
             self.register_parameter(_shadow_slot(self._slots[name]), shadow)
         return shadow
 
@@ -193,7 +207,7 @@ class Twin(nn.Module):
         if self._flips is not None and hit:
             value = _flip(value, self._flips[name])
         if not self._buffer(name).dtype.is_floating_point:
-            return _apply(_Coded, shadow, value, self._limits[name])
+            return _apply(_Coded, shadow, value)
         return _apply(_Replaced, shadow, value) if hit else shadow
 
     def _compute(self, step: Step, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -255,20 +269,19 @@ class _Coded(torch.autograd.Function):
     """Codes for a shadow; a gradient that would push a shadow further out of the range is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Tensor, value: Tensor, limit: int) -> Tensor:
+    def forward(ctx: Any, shadow: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(shadow)
-        ctx.limit = limit
         return value.to(shadow.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (shadow,) = ctx.saved_tensors
         grad = grads[0]
-        stuck = ((shadow > ctx.limit) & (grad < 0)) | ((shadow < -ctx.limit) & (grad > 0))
-        return grad.masked_fill(stuck, 0.0), None, None
+        stuck = ((shadow > QMAX) & (grad < 0)) | ((shadow < -QMAX) & (grad > 0))
+        return grad.masked_fill(stuck, 0.0), None
 
 
-def _apply(function: type[torch.autograd.Function], *given: Tensor | int) -> Tensor:
+def _apply(function: type[torch.autograd.Function], *given: Tensor) -> Tensor:
     made: Tensor = function.apply(*given)
     return made
 

@@ -82,11 +82,13 @@ class Quantization(Strict):
 
     `int8-symmetric-qdq`: in [-128, 127], zero point 0, which is what exports write by TensorRT's rules;
     `int8-qdq`: with zero points or unsigned codes, by ONNX Runtime's rules or in a file that another tool quantized.
-    `rules`: by whose an export was written; None for a file that was taken as it is.
+    `rules`: by whose an export was written; None for a file that was taken as it is. `saturates`: whether products of
+    its weights could saturate in 16 bits, as x86 without VNNI adds them up (saturation.py); None: not looked at.
     """
 
     scheme: Literal["int8-symmetric-qdq", "int8-qdq"] = "int8-symmetric-qdq"
     rules: Literal["tensorrt", "onnxruntime"] | None = None
+    saturates: bool | None = None
     weights: dict[str, WeightScale]
     activations: dict[str, ActivationScale]
     float_ops: tuple[FloatOp, ...] = ()

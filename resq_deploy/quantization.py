@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 QMAX = 127
-REDUCED = 64  # the largest code of weights kept within 7 bits
 MIN_SCALE = np.float32(
     2.0**-60
 )  # for a channel of zeros: positive, as TensorRT demands, and far from subnormal
@@ -27,15 +26,6 @@ def channelwise(values: NDArray[Scalar], ndim: int, axis: int) -> NDArray[Scalar
     shape = [1] * ndim
     shape[axis] = -1
     return values.reshape(shape)
-
-
-def code_limit(codes: NDArray[np.int8]) -> int:
-    """The largest magnitude that codes of this weight should have: 64 if none is larger now, else 127.
-
-    Quantizers keep codes within 7 bits (reduce_range, overflow_fix) for processors that add two products of bytes in 16
-    bits: 2 * 255 * 64 fits, 2 * 255 * 127 saturates.
-    """
-    return REDUCED if int(np.abs(codes.astype(np.int16)).max(initial=0)) <= REDUCED else QMAX
 
 
 def weight_scales(weights: NDArray[np.float32], axis: int = 0) -> NDArray[np.float32]:

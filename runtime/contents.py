@@ -117,6 +117,7 @@ def summary(bundle: Bundle, report: Report | None = None) -> dict[str, Any]:
         "codes": {
             "scheme": manifest.quantization.scheme,
             "rules": manifest.quantization.rules,
+            "saturates": manifest.quantization.saturates,
         },
         "adjustment": manifest.adjustment.model_dump(mode="json"),
         "layers": [asdict(layer) for layer in layers(bundle, report)],

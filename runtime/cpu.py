@@ -7,21 +7,15 @@ saturate, signed weights become unsigned ones with a zero point of 128: the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-
-Codes = NDArray[np.int32]
 
 # operator -> places of weights and their zero points among its inputs
 _PRODUCTS = {"QLinearConv": (3, 5), "MatMulIntegerToFloat": (1, 5)}
-_WEIGHTS = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "MatMulIntegerToFloat": 1}
 _SHIFT = 128
 _BY = "resq/unsigned/by"  # 128 as a tensor
 
@@ -42,45 +36,6 @@ def saturates() -> bool:
     model = helper.make_model(graph, opset_imports=versions, ir_version=8)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return bool(np.any(session.run(None, {"a": a})[0] != 255 * 127 * 64))
-
-
-def saturable(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Integer kernels of a session's graph (optimized_model_filepath) with weights that could saturate without VNNI.
-
-    Two products meet in 16 bits where weights are neighbours: along the inputs of a Conv, at one place of its kernel
-    (in the order of the file, where images are NCHW), and along the rows of a matrix. 255 (|w1| + |w2|) > 32,767 if
-    both have one sign. Depthwise kernels add in 32 bits.
-    """
-    held = {t.name: t for t in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        place = _WEIGHTS.get(node.op_type)
-        tensor = None if place is None else held.get(node.input[place])
-        if tensor is not None and tensor.data_type == TensorProto.INT8:
-            given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            codes = numpy_helper.to_array(tensor).astype(np.int32)
-            if _could(_rows(node, codes, given)):
-                found.append(node.name)
-    return tuple(found)
-
-
-def _rows(node: onnx.NodeProto, codes: Codes, given: Mapping[str, Any]) -> Codes:
-    """Weights as the kernel reads them, one row an output: [outputs, inputs]."""
-    if node.op_type == "QLinearConv":
-        if codes.shape[1] == 1 and given.get("group", 1) > 1:
-            return np.zeros((1, 0), np.int32)
-        turned = np.moveaxis(codes, 1, -1) if node.domain else codes
-        return turned.reshape(len(codes), -1)
-    if codes.ndim < 2 or given.get("transB"):
-        return codes.reshape(len(codes), -1)
-    return np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2])
-
-
-def _could(rows: Codes) -> bool:
-    """Whether two neighbours of one sign, the first of each pair at an even place, are more than 16 bits hold."""
-    pairs = rows[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2)
-    alike = (pairs[..., 0] > 0) == (pairs[..., 1] > 0)
-    return bool((np.abs(pairs).sum(axis=2)[alike] * 255 > np.iinfo(np.int16).max).any())
 
 
 def unsaturated(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:

@@ -21,7 +21,8 @@ from resq_deploy.metrics import top1
 from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report.model import Figure
 from resq_deploy.runtime import evidence
-from resq_deploy.runtime.cpu import saturable, saturates
+from resq_deploy.runtime.cpu import saturates
+from resq_deploy.saturation import saturable
 from resq_deploy.statistics import wilson
 
 PRECISE = "session.x64quantprecision"  # microsoft/onnxruntime#12088: signed weights run as unsigned
@@ -48,17 +49,21 @@ def beside(
     same = int((found == answers).sum())
     share = wilson(same, len(answers), confidence)
     figures = {evidence.STOCK: evidence.figure(share)}
-    if same == len(answers) or not (saturates() or share.mean < _CLOSE):
+    saturated = saturates() and bundle.manifest.quantization.saturates is not False
+    if same == len(answers) or not (saturated or share.mean < _CLOSE):
         return figures, ()
     right, own = (float((v == sample.labels).mean()) for v in (found, answers))
     said = (
         f"An ordinary ONNX Runtime session on this machine gives another answer on {1 - share.mean:.2%} of the"
         f" images (accuracy {right:.2%}, validated {own:.2%})"
     )
-    if not saturates():
+    if not saturated:
         return figures, (f"{said}: its fusions compute otherwise.",)
     cured = _cured(bundle, sample, answers, reporter)
-    return figures, (f"{said}: byte products of this CPU saturate (x86 without VNNI).{cured}",)
+    return figures, (
+        f"{said}: byte products of this CPU saturate (x86 without VNNI).{cured}"
+        " With --overflow-fix resq-export writes codes that never do.",
+    )
 
 
 def elsewhere(bundle: Bundle) -> tuple[str, ...]:
@@ -78,7 +83,7 @@ def elsewhere(bundle: Bundle) -> tuple[str, ...]:
         return ()
     return (
         "Ordinary ONNX Runtime sessions on x86 without VNNI: byte products add up in 16 bits there, and can saturate in"
-        f" {len(found)} layers. Validate there too (agreement@stock), or set {PRECISE}=1.",
+        f" {len(found)} layers. Validate there too (agreement@stock), set {PRECISE}=1 or export with --overflow-fix.",
     )
 
 

@@ -68,7 +68,8 @@ def contents(bundle: Bundle, found: Sequence[Layer], shown: int, measured: bool)
     )
     codes = manifest.quantization
     by = f", {_RULES[codes.rules]}" if codes.rules else ""
-    yield Text(f"codes: {codes.scheme}{by}")
+    fit = ", no two products saturate without VNNI" if codes.saturates is False else ""
+    yield Text(f"codes: {codes.scheme}{by}{fit}")
     yield Text(_adjusted(bundle))
     for kind, names in (("attacks", manifest.attacks), ("engines", manifest.engines)):
         yield Text(f"{kind}: {', '.join(names) or 'none'}")

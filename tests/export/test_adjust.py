@@ -22,6 +22,7 @@ from resq_deploy.export.dialect import Dialect
 from resq_deploy.export.distill import Recipe, between, distill, draw
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.mixtures import Doubt
+from resq_deploy.export.reconstruct import WEAKER
 from resq_deploy.export.stage import logits_of
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.work import work_per_image
@@ -285,6 +286,26 @@ def test_a_guard_repeats_itself_and_restores_the_memory() -> None:
     assert 0.9 < first.agreement <= 1
     spoiled, _ = ruined(int8, Twin(plain()[0]), None, Recipe(ber=BER))
     assert first.disagreement < 0.1 < guard().measure(spoiled).disagreement
+
+
+def test_weights_are_reconstructed_less_where_that_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32, int8, ranges = plain()
+    judged = verdict.objections
+
+    def not_the_first(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
+        asked.append(candidate)
+        return ["too much"] if len(asked) == 3 else judged(candidate, kept)
+
+    asked: list[Scores] = []
+    monkeypatch.setattr(stage, "objections", not_the_first)
+    made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER), threads=1)
+    whole, part = (s for s in made.record.steps if s["step"] == "reconstruct")
+    assert (whole["strength"], whole["kept"]) == (1.0, False)
+    assert part["strength"] == WEAKER
+    assert part["kept"]
+    means = [np.mean(list(step["scales"].values())) for step in (whole, part)]
+    assert means[0] < means[1]
+    assert [s["step"] for s in made.record.steps][:5] == [*STEPS[:3], "reconstruct", "distill"]
 
 
 def test_shares_of_what_was_learned_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "m.pt -o o.resq --reference r.pt --arch resnet8 --arch-arg width=8 --arch-arg norm=group"
         " --input-shape 3x32x48 --mean 0.1,0.2,0.3 --std 1,2,3 --calib a.npz --calib-samples 7"
         " --eval b.npz --eval-samples 8 --batch 1:2:3 --target onnx --target tensorrt-rtx"
-        " --sm 86,89 --rules onnxruntime --high-precision fp16 --design-ber 1e-2 --no-adjust"
+        " --sm 86,89 --rules onnxruntime --overflow-fix --high-precision fp16 --design-ber 1e-2 --no-adjust"
         " --redundancy 0.2 --effort 2 --opset 21 --trust-pickle"
         " --attack fgsm,apgd --eps 4/255 --attack-samples 9 --attack-faulty 1e-3,apgd@1e-2"
         " --faulty-trials 3 --seed 5 --force"
@@ -132,6 +132,7 @@ def test_every_flag_reaches_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "sm": ("86", "89"),
         "engine": EngineOptions(2**30, Path("t.cache"), True, True, True, 3),
         "rules": "onnxruntime",
+        "overflow_fix": True,
         "high_precision": "fp16",
         "design_ber": 0.01,
         "redundancy": 0.2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from resq_deploy import saturation
 from resq_deploy.bundle import Bundle
 from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError, ModelError
@@ -104,11 +106,28 @@ def test_scales_that_a_quantizer_chose_too_large_get_smaller(tmp_path: Path) -> 
     assert (after.scale <= 1.02 * stem.scale).all()
 
 
-def test_codes_within_seven_bits_stay_there(tmp_path: Path) -> None:
+def test_codes_within_seven_bits_saturate_as_little_afterwards(tmp_path: Path) -> None:
     """NNCF's overflow_fix and reduce_range keep them so, for processors whose byte products saturate."""
     stem, after = _with_stem_scales_times(np.float32(2), tmp_path)
-    assert np.abs(after.codes).max() <= 64
+    pairs = saturation.of_layer(after.node, after.codes.shape)
+    assert pairs is not None
+    assert pairs.fits(after.codes)
+    assert not pairs.fits(stem.codes)
+    assert np.abs(after.codes.astype(int)).max() > 64
     assert np.abs(after.codes - stem.codes / 2).max() > 1  # they were learned all the same
+
+
+def test_no_sum_of_a_whole_file_saturates_where_none_did(tmp_path: Path) -> None:
+    file = peer_files.static(nets.residual(), IMAGES, tmp_path)
+    assert saturation.could(file)
+    assert saturation.kept(file) == {}
+    fit = coded.fitting(file)
+    assert not saturation.could(fit)
+    model, record = readjust(fit, nets.residual(), IMAGES, design=Design(BER), threads=1)
+    assert record.applied
+    assert not saturation.could(model)
+    split = next(s for s in record.steps if s["step"] == "split")
+    assert split["copies"]  # copies of one channel would meet themselves
 
 
 def _with_stem_scales_times(factor: np.float32, folder: Path) -> tuple[coded.Coded, coded.Coded]:
@@ -185,6 +204,17 @@ def test_without_being_asked_it_is_left_alone(home: Path, tmp_path: Path) -> Non
         export_model(home / "model.pt", tmp_path / "a.resq", adjust=False, effort=2.0, **SMALL)
 
 
+def test_codes_of_a_file_that_cannot_saturate(home: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"reference": home / "model.pt", "overflow_fix": True, **SMALL}
+    plain = export_model(home / "shipped.onnx", tmp_path / "a.resq", **common)
+    assert plain.manifest.adjustment.reason == adopt.FITTED
+    learned = export_model(home / "shipped.onnx", tmp_path / "b.resq", adjust=True, **common)
+    for bundle in (plain, learned):
+        assert bundle.manifest.quantization.saturates is False
+        assert not saturation.could(read_onnx(bundle.int8))
+        assert bundle.manifest.metrics.agreement >= 0.9
+
+
 def test_unsigned_weights_are_refused(home: Path, tmp_path: Path) -> None:
     model = onnx.load(home / "shipped.onnx")
     dqs = {n.input[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
@@ -235,6 +265,10 @@ def test_weights_that_cannot_be_written_anew_still_learn(tmp_path: Path) -> None
         node.input[1] = between.output[0]
         file.graph.node.insert(list(file.graph.node).index(node), between)
     assert coded.layers(file) == {}
+    assert saturation.could(coded.fitting(file))
+    stream = io.StringIO()
+    adopt._fitting(Path("odd.onnx"), file, Reporter(quiet=False, stream=stream))
+    assert "odd.onnx can still saturate" in stream.getvalue()
     _, record = readjust(file, nets.residual(), IMAGES, design=Design(BER), threads=1)
     split, reconstruct, distill = record.steps[:3]
     assert (split["copies"], reconstruct["scales"]) == ({}, {})

@@ -15,9 +15,10 @@ from resq_deploy import quantization
 from resq_deploy.export import moments as statistics
 from resq_deploy.export import reconstruct, rules
 from resq_deploy.export.calibrate import Range, calibrate
-from resq_deploy.export.dialect import Dialect
+from resq_deploy.export.dialect import ONNXRUNTIME, Dialect
 from resq_deploy.export.moments import Layer, Window, layers, patches, second_moments
-from resq_deploy.export.reconstruct import descend, squared_error
+from resq_deploy.export.reconstruct import Room, descend, squared_error
+from resq_deploy.saturation import Pairs, could, neighbours
 from tests.export import nets
 
 IMAGES = nets.images(48)
@@ -100,6 +101,36 @@ def test_cut_weights_are_made_up_for() -> None:
     cut = (weights / scales[..., None]).round().clamp(-127, 127)
     before = squared_error(weights, matrix, scales, cut)
     assert (squared_error(weights, matrix, scales, codes) < 0.5 * before).all()
+
+
+def test_pairs_fit_and_make_up_for_what_that_costs() -> None:
+    weights, matrix = problem(channels=6, inputs=30)
+    scales = weights.abs().amax(2) / quantization.QMAX
+    pairs = Pairs(0, (neighbours(np.arange(30)[::-1]),))
+    room = Room(pairs)
+    nearest = room.fit((weights / scales[..., None]).round())
+    codes = descend(weights, matrix, scales, sweeps=4, room=room)
+    for found in (nearest, codes):
+        assert pairs.fits(found[0].numpy())
+    assert (
+        squared_error(weights, matrix, scales, codes)
+        < 0.7 * squared_error(weights, matrix, scales, nearest)
+    ).all()
+    assert not pairs.fits(descend(weights, matrix, scales, sweeps=4)[0].numpy())
+
+
+def test_a_dialect_whose_pairs_must_fit_gets_wider_scales() -> None:
+    fp32, images = nets.residual(), nets.images(48)
+    ranges = calibrate(fp32, ONNXRUNTIME.plan(fp32).activations, [images], unsigned=True, threads=1)
+    factors = {}
+    for fix in (False, True):
+        dialect = Dialect("onnxruntime", overflow_fix=fix)
+        model, factors[fix] = reconstruct.reconstruct(
+            fp32, ranges, images, 1e-4, dialect=dialect, threads=1
+        )
+        assert could(model) != fix
+    assert max(factors[False].values()) <= 1
+    assert np.mean([*factors[True].values()]) > np.mean([*factors[False].values()])
 
 
 def graph_and_ranges() -> tuple[onnx.ModelProto, dict[str, Range]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from resq_deploy.errors import BackendError, ModelError
@@ -55,6 +56,28 @@ def test_stage_three_learns_by_these_rules_too() -> None:
     assert found.record.applied
     measured = found.record.measured
     assert measured["adjusted"]["faulty_agreement"] > measured["plain"]["faulty_agreement"]
+
+
+def test_no_sum_saturates_where_that_is_asked_for(tmp_path: Path) -> None:
+    """An ordinary session answers to the last bit what an exact one does, with stage III and without."""
+    checkpoint().save(tmp_path / "m.pt")
+    for adjust_it in (False, True):
+        with few_steps():
+            made = export_model(
+                tmp_path / "m.pt", **FAST, adjust=adjust_it, rules="onnxruntime",
+                overflow_fix=True, force=True,
+            )  # fmt: skip
+        assert made.manifest.quantization.saturates is False
+        assert made.manifest.metrics.agreement >= 0.9
+        model, images = onnx.load(made.int8), made.eval_sample().images
+        exact, found = session(model, tmp_path / "o.onnx")
+        assert not found["Conv"] + found["FusedConv"]
+        usual = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        a, b = (s.run(None, {"input": images})[0] for s in (exact, usual))
+        assert np.array_equal(a, b)
+    assert made.manifest.adjustment.steps
+    other = export_model(tmp_path / "m.pt", **FAST, adjust=False, force=True, rules="onnxruntime")
+    assert other.manifest.quantization.saturates is True
 
 
 def test_a_bundle_is_validated_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

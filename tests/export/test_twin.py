@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from resq_deploy import saturation
 from resq_deploy.errors import FaultError, ModelError
 from resq_deploy.export import graph, qdq, rules
 from resq_deploy.export.calibrate import calibrate
+from resq_deploy.export.dialect import ONNXRUNTIME, Dialect
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import Fault, FaultSpace, flipped
 from resq_deploy.memory import fault_space
 from resq_deploy.networks import build
+from tests.export import nets
 from tests.export.twins import I64, artifact, logits_of, model_of, pair, run_ort
 
 ARCHITECTURES = {
@@ -186,6 +189,39 @@ def test_a_shadow_out_of_range_can_come_back_but_not_go_further(case: Case) -> N
     for sign in (1.0, -1.0):
         (gradient,) = torch.autograd.grad((sign * twin._value(WEIGHT)).sum(), shadow)
         assert gradient.view(-1)[:3].tolist() == [max(sign, 0.0), min(sign, 0.0), sign]
+
+
+def test_pairs_that_fit_go_on_to_fit() -> None:
+    """Whatever an optimizer does to the shadows, and without moving any that fit."""
+    dialect = Dialect("onnxruntime", overflow_fix=True)
+    fp32, generator = nets.residual(), torch.Generator().manual_seed(0)
+    ranges = calibrate(
+        fp32, dialect.plan(fp32).activations, [nets.images(16)], unsigned=True, threads=1
+    )
+    model = qdq.quantize_graph(fp32, ranges, dialect=dialect)
+    twin = Twin(model)
+    names = [*saturation.layers(model)]
+    shadows = twin.learnable(names)
+    twin.settle()
+    assert twin.to_model() == model
+    with torch.no_grad():
+        for shadow in shadows.values():
+            shadow.add_(60 * torch.randn(shadow.shape, generator=generator))
+    assert not saturation.could(twin.to_model())
+    twin.settle()
+    for name, shadow in shadows.items():
+        assert np.array_equal(twin.codes(name).numpy(), shadow.detach().round().numpy())
+    before = {name: shadow.detach().clone() for name, shadow in shadows.items()}
+    twin.settle()
+    assert all(torch.equal(shadows[name], old) for name, old in before.items())
+    twin.freeze()
+    assert not saturation.could(twin.to_model())
+    free = Twin(qdq.quantize_graph(fp32, ranges, dialect=ONNXRUNTIME))
+    (loose,) = free.learnable(["conv1.weight"]).values()
+    with torch.no_grad():
+        loose.fill_(127)
+    free.settle()
+    assert float(loose.detach().min()) == 127
 
 
 def test_writing_a_live_tensor_changes_forward(case: Case) -> None:

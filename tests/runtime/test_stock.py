@@ -18,6 +18,7 @@ from resq_deploy.runtime import cpu, evidence, stock
 from resq_deploy.runtime.runner import open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
+from resq_deploy.saturation import saturable
 from tests.bundles import write_bundle
 
 QUICK = Settings(samples=24, ber=(), faults=("seu",), trials=4)
@@ -140,7 +141,7 @@ def test_pairs_that_16_bits_do_not_hold(pair: tuple[int, int], could: bool) -> N
     matrix = np.zeros((32, 16), np.int8)
     matrix[4:6, 3] = pair
     model = products(matrix, "MatMulIntegerToFloat")
-    assert bool(cpu.saturable(model)) == could
+    assert bool(saturable(model)) == could
     if cpu.saturates():
         session = ort.InferenceSession(model.SerializeToString())
         (y,) = session.run(None, {"x": np.full((8, 32), 255, np.uint8)})
@@ -157,7 +158,7 @@ def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel(nhwc: bool
         model.graph.node[0].domain = "com.ms.internal.nhwc" if nhwc else ""
         if shape[1] == 1:
             model.graph.node[0].attribute.append(helper.make_attribute("group", shape[0]))
-        return cpu.saturable(model) == ("layer",)
+        return saturable(model) == ("layer",)
 
     assert not could()
     assert could((2, slice(2, 4), 1, 1)) == nhwc
@@ -176,7 +177,7 @@ def test_what_other_machines_could_answer_is_not_covered(
     monkeypatch.setattr(stock, "saturable", lambda model: ("a", "b"))
     (said,) = stock.elsewhere(bundle)
     assert (
-        f"saturate in 2 layers. Validate there too (agreement@stock), or set {stock.PRECISE}=1"
+        f"saturate in 2 layers. Validate there too (agreement@stock), set {stock.PRECISE}=1 or export with"
         in said
     )
     report = validate_bundle(bundle, QUICK, output=tmp_path / "out", workers=1)
