@@ -18,12 +18,18 @@ METHODS = ("minmax", "entropy")
 
 
 def ort_static(
-    fp32: onnx.ModelProto, images: Images, method: str, batch: int = 64, *, unsigned: bool = False
+    fp32: onnx.ModelProto,
+    images: Images,
+    method: str,
+    batch: int = 64,
+    *,
+    unsigned: bool = False,
+    reduced: bool = False,
 ) -> onnx.ModelProto:
     """onnxruntime.quantization.quantize_static: QDQ, S8 weights per channel, S8 (or `unsigned` U8) activations.
 
-    `method`: minmax or entropy. Its own preprocessing (shape inference, graph optimization) comes first, as
-    its documentation asks for.
+    `method`: minmax or entropy; `reduced`: with reduce_range, weights of 7 bits. Its own preprocessing (shape
+    inference, graph optimization) comes first, as its documentation asks for.
     """
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -42,6 +48,7 @@ def ort_static(
             per_channel=True,
             activation_type=q.QuantType.QUInt8 if unsigned else q.QuantType.QInt8,
             weight_type=q.QuantType.QInt8,
+            reduce_range=reduced,
             calibrate_method=getattr(
                 q.CalibrationMethod, {"minmax": "MinMax"}.get(method, "Entropy")
             ),
@@ -61,8 +68,10 @@ def _reader(base: type, name: str, images: Images, batch: int) -> object:
     return Reader()
 
 
-def nncf_ptq(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
-    """nncf.quantize with its defaults, on every calibration image."""
+def nncf_ptq(
+    fp32: onnx.ModelProto, images: Images, *, overflow_fix: bool = False
+) -> onnx.ModelProto:
+    """nncf.quantize with its defaults, on every calibration image; `overflow_fix`: 7 bits in every layer."""
     import nncf
 
     nncf.set_log_level(logging.ERROR)
@@ -70,7 +79,17 @@ def nncf_ptq(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(fp32)
     dataset = nncf.Dataset([{name: image[None]} for image in images])
-    made: onnx.ModelProto = nncf.quantize(copy, dataset, subset_size=len(images))
+    more = {}
+    if overflow_fix:
+        from nncf.quantization.advanced_parameters import (
+            AdvancedQuantizationParameters,
+            OverflowFix,
+        )
+
+        more["advanced_parameters"] = AdvancedQuantizationParameters(
+            overflow_fix=OverflowFix.ENABLE
+        )
+    made: onnx.ModelProto = nncf.quantize(copy, dataset, subset_size=len(images), **more)
     return made
 
 

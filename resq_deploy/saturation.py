@@ -205,18 +205,22 @@ def kept(model: onnx.ModelProto) -> dict[str, Pairs]:
     return {name: pairs for name, (pairs, codes) in layers(model).items() if pairs.fits(codes)}
 
 
-def saturable(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Integer kernels of a session's graph (optimized_model_filepath) with weights that could saturate without VNNI."""
+def in_16_bits(model: onnx.ModelProto) -> dict[str, bool]:
+    """Integer kernels of a session's graph (optimized_model_filepath) whose products x86 without VNNI adds in 16 bits.
+
+    With each, whether its weights could saturate as they are; those of others, with bits flipped, may all the same.
+    """
     held = {t.name: t for t in model.graph.initializer}
-    found = []
+    found = {}
     for node in model.graph.node:
         place = _WEIGHTS.get(node.op_type)
         tensor = None if place is None else held.get(node.input[place])
         if tensor is not None and tensor.data_type == TensorProto.INT8:
             rows = _as_added(node, numpy_helper.to_array(tensor))
-            if _excess(rows, neighbours(np.arange(rows.shape[1]))).any():
-                found.append(node.name)
-    return tuple(found)
+            if rows.size:
+                partner = neighbours(np.arange(rows.shape[1]))
+                found[node.name] = bool(_excess(rows, partner).any())
+    return found
 
 
 # operator -> place of its weights among its inputs

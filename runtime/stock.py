@@ -22,7 +22,7 @@ from resq_deploy.onnx_file import read_onnx
 from resq_deploy.report.model import Figure
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.cpu import saturates
-from resq_deploy.saturation import saturable
+from resq_deploy.saturation import in_16_bits
 from resq_deploy.statistics import wilson
 
 PRECISE = "session.x64quantprecision"  # microsoft/onnxruntime#12088: signed weights run as unsigned
@@ -66,21 +66,27 @@ def beside(
     )
 
 
-def elsewhere(bundle: Bundle) -> tuple[str, ...]:
-    """What ordinary sessions on x86 without VNNI could answer otherwise, where this machine does not show it."""
-    if saturates():
-        return ()
+def unseen(bundle: Bundle) -> tuple[str, ...]:
+    """What ordinary sessions on x86 without VNNI could answer otherwise, and no run here shows."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     with TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         try:
             ort.InferenceSession(str(bundle.int8), options, providers=["CPUExecutionProvider"])
-            found = saturable(read_onnx(options.optimized_model_filepath))
+            kernels = in_16_bits(read_onnx(options.optimized_model_filepath))
         except Exception:  # what cannot be run has been warned of
             return ()
-    if not found:
+    if not kernels:
         return ()
+    where = "this CPU" if saturates() else "x86 without VNNI"
+    faulty = (
+        f"Faults in ordinary ONNX Runtime sessions on {where}: with a flipped weight, sums of byte products can"
+        " saturate in 16 bits; campaigns add them exactly.",
+    )
+    found = [name for name, could in kernels.items() if could]
+    if saturates() or not found:
+        return faulty
     return (
         "Ordinary ONNX Runtime sessions on x86 without VNNI: byte products add up in 16 bits there, and can saturate in"
         f" {len(found)} layers. Validate there too (agreement@stock), set {PRECISE}=1 or export with --overflow-fix.",

@@ -278,7 +278,7 @@ class Validation:
             not_covered=(
                 *evidence.not_covered(self.bundle, self.runner.space, self.space, self.runner.info),
                 *evidence.not_attacked(self.bundle, joint=self.settings.joint),
-                *(stock.elsewhere(self.bundle) if self.settings.backend == "ort" else ()),
+                *(stock.unseen(self.bundle) if self.settings.backend == "ort" else ()),
             ),
             warnings=tuple(self.warnings),
             provenance=evidence.provenance(self.settings.as_json(), command, self.bundle),

@@ -75,6 +75,8 @@ def test_no_sum_saturates_where_that_is_asked_for(tmp_path: Path) -> None:
         usual = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         a, b = (s.run(None, {"input": images})[0] for s in (exact, usual))
         assert np.array_equal(a, b)
+        (said,) = stock.unseen(made)
+        assert "with a flipped weight" in said
     assert made.manifest.adjustment.steps
     other = export_model(tmp_path / "m.pt", **FAST, adjust=False, force=True, rules="onnxruntime")
     assert other.manifest.quantization.saturates is True
@@ -94,7 +96,7 @@ def test_a_bundle_is_validated_as_it_runs(tmp_path: Path, monkeypatch: pytest.Mo
         answers = runner(sample.images)
     assert agreement(plain.run(None, {"input": sample.images})[0], answers) >= 0.97
     monkeypatch.setattr(stock, "saturates", lambda: False)
-    assert "can saturate in" in stock.elsewhere(made)[0]
+    assert "can saturate in" in stock.unseen(made)[0]
     usual = export_model(tmp_path / "m.pt", tmp_path / "u.resq", **FAST, adjust=False)
     told = usual.manifest.quantization
     assert (told.scheme, told.rules) == ("int8-symmetric-qdq", "tensorrt")

@@ -18,7 +18,7 @@ from resq_deploy.runtime import cpu, evidence, stock
 from resq_deploy.runtime.runner import open_runner
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
-from resq_deploy.saturation import saturable
+from resq_deploy.saturation import in_16_bits
 from tests.bundles import write_bundle
 
 QUICK = Settings(samples=24, ber=(), faults=("seu",), trials=4)
@@ -141,7 +141,7 @@ def test_pairs_that_16_bits_do_not_hold(pair: tuple[int, int], could: bool) -> N
     matrix = np.zeros((32, 16), np.int8)
     matrix[4:6, 3] = pair
     model = products(matrix, "MatMulIntegerToFloat")
-    assert bool(saturable(model)) == could
+    assert in_16_bits(model) == {"layer": could}
     if cpu.saturates():
         session = ort.InferenceSession(model.SerializeToString())
         (y,) = session.run(None, {"x": np.full((8, 32), 255, np.uint8)})
@@ -158,7 +158,7 @@ def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel(nhwc: bool
         model.graph.node[0].domain = "com.ms.internal.nhwc" if nhwc else ""
         if shape[1] == 1:
             model.graph.node[0].attribute.append(helper.make_attribute("group", shape[0]))
-        return saturable(model) == ("layer",)
+        return in_16_bits(model) == {"layer": True}
 
     assert not could()
     assert could((2, slice(2, 4), 1, 1)) == nhwc
@@ -167,20 +167,25 @@ def test_pairs_of_a_convolution_are_inputs_at_one_place_of_its_kernel(nhwc: bool
     )  # neighbours where patches of NCHW images are copied
     assert not could((2, slice(1, 3), 0, 0))  # in other pairs
     assert not could((2,), shape=(16, 1, 3, 3))  # depthwise
+    assert not could((2,), shape=(16, 1, 1, 1))
 
 
 def test_what_other_machines_could_answer_is_not_covered(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stock, "saturates", lambda: False)
-    assert stock.elsewhere(bundle) == ()  # its session computes in float
-    monkeypatch.setattr(stock, "saturable", lambda model: ("a", "b"))
-    (said,) = stock.elsewhere(bundle)
+    assert stock.unseen(bundle) == ()  # its session computes in float
+    monkeypatch.setattr(stock, "in_16_bits", lambda model: {"a": True, "b": True, "c": False})
+    (said,) = stock.unseen(bundle)
     assert (
         f"saturate in 2 layers. Validate there too (agreement@stock), set {stock.PRECISE}=1 or export with"
         in said
     )
     report = validate_bundle(bundle, QUICK, output=tmp_path / "out", workers=1)
     assert said in report.not_covered
-    monkeypatch.setattr(stock, "saturates", lambda: True)
-    assert stock.elsewhere(bundle) == ()
+    for saturated, kernels in ((True, {"a": True}), (False, {"a": False})):
+        monkeypatch.setattr(stock, "saturates", lambda s=saturated: s)
+        monkeypatch.setattr(stock, "in_16_bits", lambda model, k=kernels: k)
+        (said,) = stock.unseen(bundle)
+        assert "with a flipped weight" in said
+        assert ("on this CPU" in said) == saturated
