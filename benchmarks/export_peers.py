@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 Images = NDArray[np.float32]
 Run = Callable[[Images], Any]
+Key = TypeVar("Key")
 METHODS = ("minmax", "entropy")
 
 
@@ -110,6 +112,17 @@ def modelopt_ptq(fp32: onnx.ModelProto, images: Images) -> onnx.ModelProto:
             log_level="CRITICAL",
         )
         return onnx.load(made)
+
+
+def interleaved(runs: Mapping[Key, Run], images: Images, rounds: int) -> dict[Key, float]:
+    """Median seconds of each for these images, all of them once a round; a first round warms up."""
+    taken: dict[Key, list[float]] = {key: [] for key in runs}
+    for turn in range(rounds + 1):
+        for key, one in runs.items():
+            start = time.perf_counter()
+            one(images)
+            taken[key] += [time.perf_counter() - start] * (turn > 0)
+    return {key: float(np.median(seconds)) for key, seconds in taken.items()}
 
 
 def openvino(path: Path, threads: int) -> Run:

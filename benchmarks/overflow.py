@@ -156,15 +156,9 @@ def speed(
 ) -> dict[str, dict[str, float]]:
     """Median seconds for BATCH images, by file and way."""
     runs = {(name, way): r for name, f in models.items() for way, r in ways(f, setup).items()}
-    taken: dict[Any, list[float]] = {key: [] for key in runs}
-    for turn in range(ROUNDS + 1):
-        for key, one in runs.items():
-            start = time.perf_counter()
-            one(m.test[:BATCH])
-            taken[key] += [time.perf_counter() - start] * (turn > 0)
     found: dict[str, dict[str, float]] = {name: {} for name in models}
-    for (name, way), seconds in taken.items():
-        found[name][way] = float(np.median(seconds))
+    for (name, way), seconds in peers.interleaved(runs, m.test[:BATCH], ROUNDS).items():
+        found[name][way] = seconds
     return found
 
 

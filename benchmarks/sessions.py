@@ -106,12 +106,7 @@ def measured(m: Material, setup: Setup) -> dict[str, dict[str, Any]]:
     """By file: kernels of a session, median seconds for BATCH images, accuracy and agreement where there are labels."""
     made = files(m, setup)
     runs = {(n, way): run for n, model in made.items() for way, run in ways(model, setup).items()}
-    taken: dict[Any, list[float]] = {key: [] for key in runs}
-    for turn in range(ROUNDS + 1):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run(m.test[:BATCH])
-            taken[key] += [time.perf_counter() - start] * (turn > 0)
+    taken = peers.interleaved(runs, m.test[:BATCH], ROUNDS)
     found: dict[str, dict[str, Any]] = {}
     for name, model in made.items():
         kernels = fused(model)
@@ -120,7 +115,7 @@ def measured(m: Material, setup: Setup) -> dict[str, dict[str, Any]]:
             "float": sum(kernels[op] for op in _FLOAT),
         }
     for (name, way), seconds in taken.items():
-        found[name][f"{way}_s"] = float(np.median(seconds))
+        found[name][f"{way}_s"] = seconds
     if len(m.labels):
         reference = answers(runs["fp32", "session"], m)
         for (name, way), run in runs.items():
