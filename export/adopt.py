@@ -44,6 +44,7 @@ Normal = tuple[Sequence[float] | None, Sequence[float] | None]  # mean and std
 
 REASON = "the file was quantized already, and is taken as it is"
 FITTED = "the file was quantized already, and codes are changed only where two could saturate"
+_PER_CHANNEL = 13  # the opset from which a DequantizeLinear has an axis
 _IMAGES = 64  # to tell whether a file has its normalization inside
 _NOTHING: Normal = (None, None)
 _BARE = 2  # place of the pair whose reference has its normalization inside, and the file not
@@ -95,14 +96,20 @@ def adopt(
         )
     why = gradients.settle(int8, network.input_shape, wanted, say)
     record = Adjustment(applied=False, reason=REASON)
+    if overflow_fix or design is not None:
+        _check_opset(file, int8)
     if overflow_fix:
-        int8, record = _fitting(file, int8, say), Adjustment(applied=False, reason=FITTED)
+        taken, int8 = int8, _fitted(file, int8, say)
+        record = record if int8 is taken else Adjustment(applied=False, reason=FITTED)
     seen = {k: v for k, v in drawn.record.items() if k.startswith("eval_")}
     seen |= {"samples": 0, "by": "the tool that quantized the file"}
     if design is not None:
         _check_adjustable(file, int8)
         lack = why or _obstacle(fp32, network.input_shape, say)
-        record = Adjustment(applied=False, reason=lack)
+        why_not = [lack, *([FITTED] if record.reason == FITTED else [])]
+        record = Adjustment(
+            applied=False, reason=None if lack is None else "; ".join(filter(None, why_not))
+        )
         if lack is None:
             seen = {**drawn.record, "by": "the tool that quantized the file; these are stage III's"}
             images = samples.as_sample(drawn.calibration).images
@@ -189,7 +196,7 @@ def _canonical(file: Path, source: Source) -> onnx.ModelProto:
     return int8
 
 
-def _fitting(file: Path, int8: onnx.ModelProto, say: Reporter) -> onnx.ModelProto:
+def _fitted(file: Path, int8: onnx.ModelProto, say: Reporter) -> onnx.ModelProto:
     """The graph with codes that do not saturate, after a warning where some weights cannot be changed."""
     made = coded.fitting(int8)
     if saturation.could(made):
@@ -198,6 +205,16 @@ def _fitting(file: Path, int8: onnx.ModelProto, say: Reporter) -> onnx.ModelProt
             " DequantizeLinear of their own, and stay as they are"
         )
     return made
+
+
+def _check_opset(file: Path, int8: onnx.ModelProto) -> None:
+    """Raise ModelError for a graph that cannot have a scale for each channel."""
+    version = next((o.version for o in int8.opset_import if not o.domain), 0)
+    if version < _PER_CHANNEL:
+        raise ModelError(
+            f"{file} is of opset {version}, in which a weight has one scale for all its channels",
+            f"quantize it with opset {_PER_CHANNEL} or newer",
+        )
 
 
 def _check_adjustable(file: Path, int8: onnx.ModelProto) -> None:

@@ -94,7 +94,9 @@ def split(model: onnx.ModelProto, copies: Mapping[str, int]) -> onnx.ModelProto:
             codes = np.concatenate([layer.codes] * count, axis=axis)
             scale = (layer.scale / np.float32(count)).astype(np.float32)
             own = saturation.of_layer(layer.node, codes.shape) if name in pairs else None
-            edit.weight(layer, *_fitting(codes, scale, layer.axis, own))
+            if own is not None:
+                codes, scale = _refit(codes, scale, layer.axis, own, layer.least)
+            edit.weight(layer, codes, scale)
             where = 1 if layer.node.op_type == "Conv" else -1
             dq = look.makers[layer.node.input[0]]
             layer.node.input[0] = edit.copied(layer.node.name, dq, count, where)
@@ -103,24 +105,32 @@ def split(model: onnx.ModelProto, copies: Mapping[str, int]) -> onnx.ModelProto:
     return fold.compact(made)
 
 
-def _fitting(
-    codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int, pairs: Pairs | None
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Codes and scales of the same weight, of which no pair saturates."""
-    if pairs is None or pairs.fits(codes):
-        return codes, scale
-    values = quantization.dequantize(codes, scale, axis)
-    wide = saturation.weight_scales(values, axis, pairs)
-    return pairs.fit(quantization.quantize(values, wide, axis)), wide
-
-
 def fitting(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with codes and scales of which no pair saturates (saturation.py), in layers that can be rewritten."""
+    """The graph with codes and scales of which no pair saturates (saturation.py), in layers that can be rewritten.
+
+    Channels that fit stay as they are; the graph itself comes back where all do.
+    """
     new = {}
     for name, layer in layers(model).items():
         pairs = saturation.of_layer(layer.node, layer.codes.shape)
-        new[name] = _fitting(layer.codes, layer.scale, layer.axis, pairs)
-    return rewrite(model, new)
+        if pairs is not None and not pairs.fits(layer.codes):
+            new[name] = _refit(layer.codes, layer.scale, layer.axis, pairs, layer.least)
+    return rewrite(model, new) if new else model
+
+
+def _refit(
+    codes: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    axis: int,
+    pairs: Pairs,
+    least: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes and scales of the same weight, of which no pair saturates: others where one could."""
+    unfit = pairs.unfit(codes)
+    values = quantization.dequantize(codes, scale, axis)
+    wide = np.where(unfit, np.maximum(saturation.weight_scales(values, axis, pairs), least), scale)
+    new = pairs.fit(quantization.quantize(values, wide, axis))
+    return np.where(quantization.channelwise(unfit, codes.ndim, axis), new, codes), wide
 
 
 def can_split(layer: Coded) -> bool:

@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy.export import fold
+from resq_deploy.export import fold, graph
 from resq_deploy.saturation import Pairs
 
 _ALONG = frozenset(
@@ -34,6 +34,7 @@ _ALONG = frozenset(
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"})
 _TWO = frozenset({"Add", "Mul", "Sub", "Div"})
 _COLUMNS = 4096  # weights of a channel that it is judged by, at most: every nth of those it has
+_WORK = 2**31  # sums of two weights in one layer, at most: fewer weights of each of many channels
 _SWEEPS = 50
 
 
@@ -49,6 +50,8 @@ def paired(fp32: onnx.ModelProto, pairs: Mapping[str, Pairs]) -> onnx.ModelProto
     """The same function (sums run in another order) with fewer pairs that share a range; `pairs`: by weight."""
     made = onnx.ModelProto()
     made.CopyFrom(fp32)
+    if any(a.type in (a.GRAPH, a.GRAPHS) for node in made.graph.node for a in node.attribute):
+        return made  # what is inside may read any tensor
     held = fold.initializers(made.graph)
     finder = _Finder(made)
     for node in made.graph.node:
@@ -66,7 +69,15 @@ def paired(fp32: onnx.ModelProto, pairs: Mapping[str, Pairs]) -> onnx.ModelProto
             values = numpy_helper.to_array(held[name])
             spread = (order[:, None] * each + np.arange(each)).reshape(-1)
             held[name].CopyFrom(numpy_helper.from_array(values.take(spread, axis), name))
-    return fold.compact(made)
+    return fold.compact(made if _same(fp32, made) else fp32)
+
+
+def _same(fp32: onnx.ModelProto, made: onnx.ModelProto) -> bool:
+    """Whether both answer alike: an order that something else depended on is not taken."""
+    held = fold.initializers(fp32.graph)
+    shape = next(v for v in fp32.graph.input if v.name not in held).type.tensor_type.shape
+    images = graph.noise([d.dim_value for d in shape.dim[1:]])
+    return graph.apart(*(graph.run(model, images) for model in (fp32, made))) <= graph.PARITY
 
 
 def _cost(weight: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
@@ -75,7 +86,8 @@ def _cost(weight: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
     outputs = turned.reshape(*turned.shape[:2], -1)
     peak = np.maximum(np.abs(outputs).max(axis=(0, 2), keepdims=True), 1e-30)
     rows = (outputs / peak).reshape(len(outputs), -1)
-    step = -(-rows.shape[1] // _COLUMNS)
+    columns = min(_COLUMNS, max(_WORK // len(rows) ** 2, 1))
+    step = -(-rows.shape[1] // columns)
     rows = np.ascontiguousarray(rows[:, ::step])
     cost = np.zeros((len(rows), len(rows)))
     for i, row in enumerate(rows[:-1]):
@@ -121,7 +133,8 @@ class _Finder:
         self.shapes, self.held = fold.shapes(model), fold.initializers(model.graph)
         self.reads = fold.consumers(model.graph)
         self.parent: dict[str, str] = {}
-        self.fixed = {v.name for v in (*model.graph.input, *model.graph.output)}
+        self.ends = {v.name for v in (*model.graph.input, *model.graph.output)}
+        self.fixed = set(self.ends)
         self.axis: dict[str, int] = {}  # of the channels of a tensor
         self.each: dict[str, int] = {}  # elements of a channel on that axis
         self.along: list[tuple[str, str, int, int]] = []
@@ -166,7 +179,7 @@ class _Finder:
         source, target = node.input[0], node.output[0]
         if groups == 1:
             self._read(source, weight.name, 1, 1)
-        elif weight.dims[1] == 1 and weight.dims[0] == groups:
+        elif weight.dims[1] == 1 and weight.dims[0] == groups and self._images(node):
             self._tie(source, target)
         else:
             return False
@@ -180,7 +193,9 @@ class _Finder:
         if weight is None or len(weight.dims) != 2 or given.get("transA", 0) or rank < 2:
             return False
         if not self._own(*node.input[1:]) or any(
-            list(self.held[name].dims) != [weight.dims[self._out(given)]] for name in node.input[2:]
+            list(self.held[name].dims) != [weight.dims[self._out(given)]]
+            for name in node.input[2:]
+            if name
         ):
             return False
         out = self._out(given)
@@ -243,8 +258,11 @@ class _Finder:
         return self.axis.get(node.input[0]) == 1
 
     def _own(self, *names: str) -> bool:
-        """Whether these are initializers that one node alone reads, once."""
-        return all(n in self.held and len(self.reads[n]) == 1 for n in names if n)
+        """Whether these are initializers that one node alone reads, once, and nobody outside."""
+        known = [
+            n in self.held and n not in self.ends and len(self.reads[n]) == 1 for n in names if n
+        ]
+        return all(known)
 
     def _tie(self, source: str, target: str) -> None:
         if source in self.axis:

@@ -115,7 +115,7 @@ class _Steps:
             row = moments.layer_of(layer.node, name, layer.axis, layer.codes.shape, rank)
             ready += [] if row is None else [row]
         if not ready:
-            return base, {"scales": {}}
+            return base, {"strength": strength, "scales": {}}
         matrices = moments.second_moments(
             base.model, ready, {}, stage.learn[:LOOKED_AT], stage.seed, stage.threads
         )

@@ -90,7 +90,7 @@ def choose(
     half_scales: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.int8]], dict[str, float]]:
-    """By weight: scales, codes, and the mean factor that the scales fell by.
+    """By weight: scales, codes, and the mean factor of the scales, of max|w| / 127.
 
     `matrices`: `count` layers with E[x x^T], which is damped in place; `weights`: what codes are to stand for;
     `pairs`: which codes of a weight must not saturate together (saturation.py), by weight, where some must not.

@@ -31,10 +31,22 @@ Codes = NDArray[np.int32]
 Order = NDArray[np.intp]
 
 ROOM = 128  # of |a| + |b|
-_HALF = ROOM // 2  # a code that has room beside any other that is as small
-_IN_32_BITS = frozenset(
-    {"Conv", "ConvTranspose", "Gather"}
-)  # if their weights are not among `layers`
+_BLOCK = 2**22  # weights that scales are sought for at once
+_ROUNDING = 1e-3  # of a code: float32 may end up above a bound by less
+_DQ = "DequantizeLinear"
+_SUMS = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"),
+        *("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+    }
+)
+# operator -> place of its weights among its inputs
+_WEIGHTS: Mapping[str, int] = {
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+    "QGemm": 3,
+    "MatMulIntegerToFloat": 1,
+}
 _WIDTHS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)  # of max|w| / 127
 
 
@@ -56,11 +68,10 @@ class Pairs:
 
     def fits(self, codes: NDArray[Any]) -> bool:
         """Whether no pair can saturate."""
-        rows = self.rows(codes).astype(np.int32)
-        return not any(_excess(rows, partner).any() for partner in self.partners)
+        return not self.unfit(codes).any()
 
     def fit(self, codes: NDArray[np.int8]) -> NDArray[np.int8]:
-        """The nearest codes of which no pair can saturate; see `fit_rows`."""
+        """Codes next to these of which no pair can saturate; see `fit_rows`."""
         rows = fit_rows(self.rows(codes).astype(np.int32), self.partners)
         return self._back(rows, codes).astype(np.int8)
 
@@ -68,8 +79,16 @@ class Pairs:
         """The same for values in code units: what they round to fits as well."""
         rows = self.rows(values)
         for partner in self.partners:
-            rows = rows - np.sign(rows) * (_excess(rows, partner) / 2)
+            over = _excess(rows, partner)
+            rows = rows - np.sign(rows) * np.where(over > 0, (over + np.float32(_ROUNDING)) / 2, 0)
         return self._back(rows, values)
+
+    def unfit(self, codes: NDArray[Any]) -> NDArray[np.bool_]:
+        """Channels in which some pair could saturate, bool [channels]."""
+        rows = self.rows(codes).astype(np.int32)
+        over = [_excess(rows, partner).any(axis=1) for partner in self.partners]
+        found: NDArray[np.bool_] = np.any(over, axis=0)
+        return found
 
     def _back(self, rows: NDArray[Any], codes: NDArray[Any]) -> NDArray[Any]:
         turned = np.moveaxis(codes, self.axis, 0).shape
@@ -120,16 +139,30 @@ def weight_scales(
     full = quantization.weight_scales(weights, axis)
     if pairs is None:
         return full
-    errors, fits = [], np.zeros(len(full), bool)
+    rows, best = pairs.rows(weights), np.ones_like(full)
+    size = max(1, _BLOCK // max(rows.shape[1], 1))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        best[part] = _widths(rows[part], full[part], pairs.partners)
+    return full * best
+
+
+def _widths(
+    rows: NDArray[np.float32], full: NDArray[np.float32], partners: Sequence[Order]
+) -> NDArray[np.float32]:
+    """The best of _WIDTHS for each of [channels, inputs]."""
+    best, least = np.ones_like(full), np.full(len(full), np.inf)
+    fits = np.zeros(len(full), bool)
     for factor in _WIDTHS:
         scales = full * np.float32(factor)
-        whole = quantization.quantize(weights, scales, axis)
-        codes = pairs.fit(whole)
-        rest = weights - quantization.dequantize(codes, scales, axis)
-        error = np.square(pairs.rows(rest)).sum(axis=1)
-        errors.append(np.where(fits, np.inf, error))
-        fits |= (pairs.rows(whole) == pairs.rows(codes)).all(axis=1)
-    best: NDArray[np.float32] = full * np.asarray(_WIDTHS, np.float32)[np.argmin(errors, axis=0)]
+        whole = quantization.quantize(rows, scales).astype(np.int32)
+        codes = fit_rows(whole, partners)
+        error = np.square(rows - codes * scales[:, None]).sum(axis=1)
+        better = ~fits & (error < least)
+        best[better], least[better] = factor, error[better]
+        fits |= (whole == codes).all(axis=1)
+        if fits.all():
+            break
     return best
 
 
@@ -163,41 +196,69 @@ def of_layer(node: onnx.NodeProto, dims: Sequence[int]) -> Pairs | None:
 
 
 def layers(model: onnx.ModelProto) -> dict[str, tuple[Pairs, NDArray[np.int8]]]:
-    """Weight -> its pairs and its codes, of every layer of a Q/DQ graph with INT8 weights that meet in 16 bits."""
-    held = {t.name: t for t in model.graph.initializer}
-    coded = {
-        n.output[0]: held[n.input[0]]
-        for n in model.graph.node
-        if n.op_type == "DequantizeLinear" and n.input[0] in held
-    }
-    found = {}
-    for node in model.graph.node:
-        tensor = coded.get(node.input[1]) if len(node.input) > 1 else None
-        if tensor is not None and tensor.data_type == TensorProto.INT8:
-            pairs = of_layer(node, tensor.dims)
-            if pairs is not None:
-                found[tensor.name] = (pairs, numpy_helper.to_array(tensor))
+    """Weight -> its pairs and its codes, of every layer of a Q/DQ graph with an INT8 weight of its own."""
+    weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.INT8}
+    reads, found = _readers(model), {}
+    for dq in model.graph.node:
+        tensor = weights.get(dq.input[0]) if dq.op_type == _DQ else None
+        made = reads.get(dq.output[0], [])
+        if tensor is None or len(reads[tensor.name]) > 1 or len(made) != 1:
+            continue
+        ((node, place),) = made
+        pairs = of_layer(node, tensor.dims) if place == 1 else None
+        if pairs is not None:
+            found[tensor.name] = (pairs, numpy_helper.to_array(tensor))
     return found
 
 
 def could(model: onnx.ModelProto) -> bool:
-    """Whether any pair of codes in a Q/DQ graph could saturate; those that are turned before they are read, too."""
-    found = layers(model)
+    """Whether any pair of codes in a Q/DQ graph could saturate.
+
+    Weights that several nodes read, or that are turned before they are read, could if any code is above 64, and so
+    could products of two activations of which the second is signed.
+    """
+    found, reads = layers(model), _readers(model)
     if not all(pairs.fits(codes) for pairs, codes in found.values()):
         return True
     held = {t.name: t for t in model.graph.initializer}
-    read = {name: node for node in model.graph.node for name in node.input}
-    for node in model.graph.node:
-        codes = held.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if codes is None or codes.data_type != TensorProto.INT8 or len(codes.dims) < 2:
+    for dq in model.graph.node:
+        if dq.op_type != _DQ or dq.input[0] in found:
             continue
-        known = codes.name in found or read[node.output[0]].op_type in _IN_32_BITS
-        if (
-            not known
-            and int(np.abs(numpy_helper.to_array(codes).astype(int)).max(initial=0)) > _HALF
-        ):
+        sums = [
+            (n, place) for n, place in reads.get(dq.output[0], ()) if _adds_up(n, place, held, dq)
+        ]
+        codes = held.get(dq.input[0])
+        if codes is None:
+            zero = held.get(dq.input[2]) if len(dq.input) > 2 else None
+            signed = zero is None or zero.data_type != TensorProto.UINT8
+            if signed and any(n.op_type == "MatMul" and place == 1 for n, place in sums):
+                return True
+        elif sums and codes.data_type == TensorProto.INT8 and _largest(codes) > ROOM // 2:
             return True
     return False
+
+
+def _largest(codes: TensorProto) -> int:
+    return int(np.abs(numpy_helper.to_array(codes).astype(np.int16)).max(initial=0))
+
+
+def _readers(model: onnx.ModelProto) -> dict[str, list[tuple[onnx.NodeProto, int]]]:
+    """Tensor -> the nodes that read it, and where."""
+    found: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            found.setdefault(name, []).append((node, place))
+    return found
+
+
+def _adds_up(
+    node: onnx.NodeProto, place: int, held: Mapping[str, TensorProto], dq: onnx.NodeProto
+) -> bool:
+    """Whether a node that reads what a DQ makes adds up products of it, or hands it on to what may."""
+    if node.op_type == "Conv" and place == 1 and dq.input[0] in held:
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        return not _alone(held[dq.input[0]].dims, given)
+    return node.op_type in _SUMS
 
 
 def kept(model: onnx.ModelProto) -> dict[str, Pairs]:
@@ -223,15 +284,6 @@ def in_16_bits(model: onnx.ModelProto) -> dict[str, bool]:
     return found
 
 
-# operator -> place of its weights among its inputs
-_WEIGHTS: Mapping[str, int] = {
-    "QLinearConv": 3,
-    "QLinearMatMul": 3,
-    "QGemm": 3,
-    "MatMulIntegerToFloat": 1,
-}
-
-
 def _as_added(node: onnx.NodeProto, codes: NDArray[Any]) -> Codes:
     """Weights of a kernel in the order that it adds them in, one row an output: [outputs, inputs].
 
@@ -242,7 +294,9 @@ def _as_added(node: onnx.NodeProto, codes: NDArray[Any]) -> Codes:
         if _alone(codes.shape, given):
             return np.zeros((1, 0), np.int32)
         turned = np.moveaxis(codes, 1, -1) if node.domain else codes
-    elif codes.ndim < 2 or given.get("transB"):
+    elif codes.ndim < 2:
+        turned = codes.reshape(1, -1)
+    elif given.get("transB"):
         turned = codes
     else:
         turned = np.moveaxis(codes, -2, -1)

@@ -129,9 +129,10 @@ def test_every_weight_of_every_order_has_room(channels: int, places: int) -> Non
             assert pairs.fits(moved.reshape(fit.shape))
             moved[:, i] += np.sign(ends[:, i])
             free = np.abs(ends[:, i]) == 127
-            assert free.all() or not pairs.fits(moved[~free].reshape(-1, *fit.shape[1:]))
+            assert (pairs.unfit(moved.reshape(fit.shape)) | free).all()
     loose = codes.astype(np.float32) + rng.random(codes.shape, np.float32) - 0.5
     settled = pairs.nearest(loose)
+    assert np.array_equal(pairs.nearest(settled), settled)
     assert pairs.fits(np.rint(settled).astype(np.int32))
     middle = (fit.astype(np.float32) + np.rint(settled)) / 2
     assert pairs.fits(np.rint(middle).astype(np.int32))  # as distill.between rounds
@@ -187,7 +188,44 @@ def test_what_is_added_up_in_32_bits_has_no_pairs() -> None:
     depthwise = helper.make_node("Conv", ["x", "w"], ["y"], group=8)
     assert of_layer(depthwise, (8, 1, 3, 3)) is None
     assert of_layer(depthwise, (16, 1, 3, 3)) is not None
-    assert of_layer(helper.make_node("ConvTranspose", ["x", "w"], ["y"]), (8, 8, 3, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "dims", "can"),
+    [
+        ([("ConvTranspose", ["x", "wd"], "y")], (4, 4, 3, 3), True),
+        ([("Transpose", ["wd"], "t"), ("MatMul", ["x", "t"], "y")], (6, 4), True),
+        ([("Transpose", ["wd"], "t"), ("Gather", ["wd", "i"], "y")], (6, 4), True),
+        ([("MatMul", ["x", "wd"], "y"), ("Gemm", ["x", "wd"], "z")], (6, 6), True),
+        ([("MatMul", ["x", "wd"], "y")], (6,), True),
+        ([("Gather", ["wd", "i"], "y")], (6, 4), False),
+        ([("Add", ["x", "wd"], "y")], (6,), False),
+        ([], (6, 4), False),
+    ],
+)
+@pytest.mark.parametrize("largest", [64, 120])
+def test_what_is_not_known_to_fit_could_saturate(
+    nodes: list[tuple[str, list[str], str]], dims: tuple[int, ...], can: bool, largest: int
+) -> None:
+    held = {"w": np.full(dims, largest, np.int8), "s": np.float32(1), "z": np.int8(0)}
+    made = [helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"])]
+    made += [helper.make_node(op, inputs, [output]) for op, inputs, output in nodes]
+    tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in held.items()]
+    graph = helper.make_graph(made, "g", [], [], tensors)
+    model = helper.make_model(graph)
+    assert could(model) == (can and largest > 64)
+    assert kept(model) == {} or largest == 64
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_products_of_two_activations(signed: bool) -> None:
+    zero = np.zeros((), np.int8 if signed else np.uint8)
+    nodes = [helper.make_node("DequantizeLinear", [n, "s", "z"], [f"{n}d"]) for n in "ab"]
+    nodes.append(helper.make_node("MatMul", ["ad", "bd"], ["y"]))
+    tensors = [
+        numpy_helper.from_array(np.asarray(v), n) for n, v in (("s", np.float32(1)), ("z", zero))
+    ]
+    assert could(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))) == signed
 
 
 def test_a_file_keeps_what_it_has() -> None:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from resq_deploy import quantization
+from resq_deploy import quantization, saturation
 from resq_deploy.export import coded, fold, graph
 from resq_deploy.export.split import MOST
 from resq_deploy.memory import fault_space
@@ -46,6 +46,45 @@ def test_every_layer_of_a_file_is_found(way: str, tmp_path: Path) -> None:
         units = layer.unit * layer.scale
         assert (np.abs(layer.bias - before[f"{stem}.bias"]) <= 0.51 * units).all()
         assert coded.can_split(layer)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_channels_that_could_saturate_change(way: str, tmp_path: Path) -> None:
+    model = file(way, tmp_path)
+    before = coded.layers(model)
+    made = coded.fitting(model)
+    graph.check(made)
+    assert saturation.could(model)
+    assert not saturation.could(made)
+    assert coded.fitting(made) is made
+    seen = 0
+    for name, layer in coded.layers(made).items():
+        old = before[name]
+        pairs = saturation.of_layer(old.node, old.codes.shape)
+        assert pairs is not None
+        same = ~pairs.unfit(old.codes)
+        assert np.array_equal(layer.codes[same], old.codes[same])
+        assert np.array_equal(layer.scale[same], old.scale[same])
+        wide = quantization.channelwise(layer.scale, old.codes.ndim, 0)
+        assert np.sqrt(np.mean(np.square((layer.values - old.values) / wide))) < 2
+        assert layer.unit is not None
+        assert (np.abs(layer.bias - old.bias) <= layer.unit * layer.scale).all()
+        seen += int(same.sum())
+    assert seen
+
+
+def test_a_channel_of_zeros_keeps_its_bias(tmp_path: Path) -> None:
+    model = file(WAYS[0], tmp_path)
+    arrays = fold.initializers(model.graph)
+    codes = numpy_helper.to_array(arrays["conv1.weight_quantized"]).copy()
+    codes[3] = 0
+    arrays["conv1.weight_quantized"].CopyFrom(
+        numpy_helper.from_array(codes, "conv1.weight_quantized")
+    )
+    before = coded.layers(model)["conv1.weight_quantized"]
+    after = coded.layers(coded.fitting(model))["conv1.weight_quantized"]
+    assert after.bias[3] == pytest.approx(before.bias[3], abs=1e-6)
+    assert abs(before.bias[3]) > 1e-4
 
 
 @pytest.mark.parametrize("way", WAYS)

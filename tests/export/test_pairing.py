@@ -56,6 +56,7 @@ def test_it_is_the_same_network(kind: Any) -> None:
     ]
     a, b = (graph.run(model, pixels()) for model in (before, after))
     assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+    assert changed(before, after)
     old, new = arrays(before), arrays(after)
     for name in changed(before, after):
         assert np.array_equal(np.sort(old[name], axis=None), np.sort(new[name], axis=None))
@@ -147,6 +148,40 @@ def test_a_weight_that_two_layers_share_stays() -> None:
     )
     onnx.checker.check_model(model, full_check=True)
     assert not changed(model, paired(model, pairs)) & {"stem.weight", "conv1.weight", "conv1.bias"}
+
+
+def test_a_depthwise_layer_over_tokens_stays() -> None:
+    """[N, tokens, channels]: what one product makes on the last axis, the next layer reads on the second."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "a": rng.normal(size=(16, 16)),
+        "d": rng.normal(size=(16, 1, 3)),
+        "c": rng.normal(size=(16, 16, 1)),
+    }
+    nodes = [
+        onnx.helper.make_node("MatMul", ["input", "a"], ["x"], name="a"),
+        onnx.helper.make_node("Conv", ["x", "d"], ["y"], name="d", group=16, pads=[1, 1]),
+        onnx.helper.make_node("Conv", ["y", "c"], ["logits"], name="c"),
+    ]
+    kinds = [onnx.helper.make_tensor_value_info(n, 1, ["n", 16, 16]) for n in ("input", "logits")]
+    tensors = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()]
+    body = onnx.helper.make_graph(nodes, "g", kinds[:1], kinds[1:], tensors)
+    model = onnx.helper.make_model(
+        body, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    pairs = FIX.pairs(model, FIX.plan(model))
+    pairs |= {"c": saturation.Pairs(0, saturation.of_window(16, 1))}
+    made = paired(model, pairs)
+    assert changed(model, made) <= {"d", "c"}
+    x = rng.random((2, 16, 16), dtype=np.float32)
+    a, b = (graph.run(m, x) for m in (model, made))
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def test_an_order_that_changes_answers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.residual()
+    monkeypatch.setattr(graph, "apart", lambda *_: 0.5)
+    assert changed(model, paired(model, FIX.pairs(model, FIX.plan(model)))) == set()
 
 
 def test_only_layers_with_pairs_are_looked_at() -> None:

@@ -267,8 +267,13 @@ def test_weights_that_cannot_be_written_anew_still_learn(tmp_path: Path) -> None
     assert coded.layers(file) == {}
     assert saturation.could(coded.fitting(file))
     stream = io.StringIO()
-    adopt._fitting(Path("odd.onnx"), file, Reporter(quiet=False, stream=stream))
+    adopt._fitted(Path("odd.onnx"), file, Reporter(quiet=False, stream=stream))
     assert "odd.onnx can still saturate" in stream.getvalue()
+    old = onnx.ModelProto()
+    old.CopyFrom(file)
+    old.opset_import[0].version = 11
+    with pytest.raises(ModelError, match="opset 11"):
+        adopt._check_opset(Path("odd.onnx"), old)
     _, record = readjust(file, nets.residual(), IMAGES, design=Design(BER), threads=1)
     split, reconstruct, distill = record.steps[:3]
     assert (split["copies"], reconstruct["scales"]) == ({}, {})
