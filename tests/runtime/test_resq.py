@@ -74,7 +74,11 @@ def test_inspect_scales_and_json(resq: Any, bundle: Path) -> None:
     assert "method" in resq("inspect", bundle, "--scales").out
     found = json.loads(resq("inspect", bundle, "--json").out)
     assert found["layers"]
-    assert found["codes"] == {"scheme": "int8-symmetric-qdq", "rules": None}
+    assert found["codes"] == {
+        "scheme": "int8-symmetric-qdq",
+        "rules": None,
+        "saturates": None,
+    }
     assert found["report"] is None
     guesses = [layer["sign_flip"] for layer in found["layers"]]
     assert guesses == sorted(guesses, reverse=True)
