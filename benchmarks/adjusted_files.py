@@ -12,7 +12,6 @@ JSON line.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -28,7 +27,7 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from export_material import Material, Setup, checkpoint, material, ours
+from export_material import Material, Setup, arguments, checkpoint, material, ours, remembered
 from export_parts import BERS, deployed, digest, flipped, interval, run
 
 TITLES = {
@@ -42,13 +41,7 @@ TITLES = {
 
 def main() -> None:
     """Measure every network, write the page, end with one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = os.environ.get("RESQ_CHECKPOINTS", "~/.cache/resq-deploy/benchmarks")
-    parser.add_argument("--arch", nargs="+", default=["resnet8"])
-    parser.add_argument("--checkpoints", type=Path, default=Path(default))
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
+    parser = arguments(__doc__)
     parser.add_argument("--faulty", type=int, default=1000, help="images under faults")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -64,12 +57,8 @@ def main() -> None:
 def kept(arch: str, folder: Path, setup: Setup) -> dict[str, Any]:
     """The figures of one network: file by file, measured now or kept from before."""
     m = material(checkpoint(arch, folder, setup), setup)
-    place = folder / "adjusted-files"
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / f"{arch}.json"
-    key = [digest([m.fp32]), setup.faulty, setup.trials, setup.seed]
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    found = found if found.get("key") == key else {"key": key, "files": {}}
+    path = folder / "adjusted-files" / f"{arch}.json"
+    found = remembered(path, [digest([m.fp32]), setup.faulty, setup.trials, setup.seed])
     exact = run(m.fp32, m.test, setup)
     found["fp32"] = _accuracy(exact, m)
     found["fp32_of_flipped"] = _accuracy(exact[: setup.faulty], m)

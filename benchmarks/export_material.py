@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -60,6 +63,25 @@ class Material:
     calibration: Images
     test: Images
     labels: NDArray[np.int64]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of exports is asked: which trained networks, and where their figures go."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.environ.get("RESQ_CHECKPOINTS", "~/.cache/resq-deploy/benchmarks")
+    parser.add_argument("--arch", nargs="*", default=["resnet8"])
+    parser.add_argument("--checkpoints", type=Path, default=Path(default))
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
+    return parser
+
+
+def remembered(path: Path, key: list[Any]) -> dict[str, Any]:
+    """Figures of files that were measured before under the same key, else none: {key, files}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("key") == key else {"key": key, "files": {}}
 
 
 def checkpoint(arch: str, folder: Path, setup: Setup) -> Path:

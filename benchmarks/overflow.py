@@ -12,9 +12,7 @@ Finished files are kept. Ends with one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -29,7 +27,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import export_peers as peers
-from export_material import Material, Setup, checkpoint, material, ours
+from export_material import Material, Setup, arguments, checkpoint, material, ours, remembered
 from export_parts import BERS, digest, flipped, interval, run
 
 ROUNDS, BATCH = 9, 16
@@ -47,13 +45,7 @@ TITLES = {
 
 def main() -> None:
     """Measure every network, write the page, end with one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = os.environ.get("RESQ_CHECKPOINTS", "~/.cache/resq-deploy/benchmarks")
-    parser.add_argument("--arch", nargs="+", default=["resnet8"])
-    parser.add_argument("--checkpoints", type=Path, default=Path(default))
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder, setup = given.checkpoints.expanduser(), Setup(threads=1, seed=given.seed)
@@ -87,11 +79,8 @@ def kept(arch: str, folder: Path, setup: Setup) -> dict[str, Any]:
     """The figures of one network: file by file, measured now or kept from before; speed is measured anew."""
     m = material(checkpoint(arch, folder, setup), setup)
     place = folder / "overflow"
-    place.mkdir(parents=True, exist_ok=True)
     path = place / f"{arch}.json"
-    key = [digest([m.fp32]), setup.faulty, setup.trials, setup.seed]
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    found = found if found.get("key") == key else {"key": key, "files": {}}
+    found = remembered(path, [digest([m.fp32]), setup.faulty, setup.trials, setup.seed])
     exact = run(m.fp32, m.test, setup).argmax(1)
     found["fp32"] = float((exact == m.labels).mean())
     found["fp32_of_flipped"] = float((exact == m.labels)[: setup.faulty].mean())

@@ -13,9 +13,7 @@ OpenVINO on the same file. Ends with one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -30,7 +28,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import export_peers as peers
-from export_material import Material, Setup, checkpoint, material, ours
+from export_material import Material, Setup, arguments, checkpoint, material, ours
 
 ROUNDS = 9
 BATCH = 16
@@ -49,14 +47,8 @@ _FLOAT, _INTEGER = ("Conv", "FusedConv"), ("QLinearConv",)
 
 def main() -> None:
     """Measure every network, write the page, end with one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = os.environ.get("RESQ_CHECKPOINTS", "~/.cache/resq-deploy/benchmarks")
-    parser.add_argument("--arch", nargs="*", default=["resnet8"])
+    parser = arguments(__doc__)
     parser.add_argument("--speed", nargs="*", default=[])
-    parser.add_argument("--checkpoints", type=Path, default=Path(default))
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
     given = parser.parse_args()
     setup, folder = Setup(threads=1), given.checkpoints.expanduser()
     found = {}

@@ -106,21 +106,13 @@ def adopt(
     if design is not None:
         _check_adjustable(file, int8)
         lack = why or _obstacle(fp32, network.input_shape, say)
-        why_not = [lack, *([FITTED] if record.reason == FITTED else [])]
-        record = Adjustment(
-            applied=False, reason=None if lack is None else "; ".join(filter(None, why_not))
-        )
+        changed = f"; {FITTED}" if record.reason == FITTED else ""
+        record = Adjustment(applied=False, reason=lack and f"{lack}{changed}")
         if lack is None:
             seen = {**drawn.record, "by": "the tool that quantized the file; these are stage III's"}
             images = samples.as_sample(drawn.calibration).images
             int8, record = readjust(
-                int8,
-                fp32,
-                images,
-                design=design,
-                eps=eps,
-                seed=seed,
-                reporter=say,
+                int8, fp32, images, design=design, eps=eps, seed=seed, reporter=say
             )
     return Made(
         fp32,

@@ -56,8 +56,8 @@ def readjust(
     """Adjust a canonical Q/DQ graph (qdq_file.py) to bit flips as in `design` and attacks of `eps`; and the record.
 
     `fp32`: the network it was made of, or its own weights in float arithmetic: the judge and the teacher. `images`:
-    as in adjust. The result has the same nodes, ranges and types, but for
-    copies of inputs, and for weights that had one scale and have one a channel. Deterministic as adjust is.
+    as in adjust. The result has the same nodes, ranges and types, but for copies of inputs, and for weights that had
+    one scale and have one a channel. Deterministic as adjust is.
     Raises DataError for fewer than 16 images, ModelError for a graph without a twin.
     """
     stage = Stage[None](fp32, images, design or Design(), eps, seed, threads, reporter)
