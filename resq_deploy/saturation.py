@@ -15,7 +15,7 @@ are odd. Measured with ONNX Runtime 1.31 and OpenVINO 2026 on AVX2; kernels for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,17 +29,19 @@ from resq_deploy import quantization
 Number = TypeVar("Number", np.int32, np.float32)
 Codes = NDArray[np.int32]
 Order = NDArray[np.intp]
+Reader = tuple[onnx.NodeProto, int]  # and the place among its inputs
 
 ROOM = 128  # of |a| + |b|
 _BLOCK = 2**22  # weights that scales are sought for at once
 _ROUNDING = 1e-3  # of a code: float32 may end up above a bound by less
 _DQ = "DequantizeLinear"
-_SUMS = frozenset(
+_SUMS = frozenset(("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"))
+_MOVES = frozenset(
     {
-        *("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"),
-        *("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+        *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice"),
+        *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
     }
-)
+)  # sessions may move a DequantizeLinear past these
 # operator -> place of its weights among its inputs
 _WEIGHTS: Mapping[str, int] = {
     "QLinearConv": 3,
@@ -214,7 +216,7 @@ def layers(model: onnx.ModelProto) -> dict[str, tuple[Pairs, NDArray[np.int8]]]:
 def could(model: onnx.ModelProto) -> bool:
     """Whether any pair of codes in a Q/DQ graph could saturate.
 
-    Weights that several nodes read, or that are turned before they are read, could if any code is above 64, and so
+    Weights that several nodes read, or that are moved before they are read, could if any code is above 64, and so
     could products of two activations of which the second is signed.
     """
     found, reads = layers(model), _readers(model)
@@ -224,40 +226,48 @@ def could(model: onnx.ModelProto) -> bool:
     for dq in model.graph.node:
         if dq.op_type != _DQ or dq.input[0] in found:
             continue
-        sums = [
-            (n, place) for n, place in reads.get(dq.output[0], ()) if _adds_up(n, place, held, dq)
-        ]
         codes = held.get(dq.input[0])
         if codes is None:
             zero = held.get(dq.input[2]) if len(dq.input) > 2 else None
-            signed = zero is None or zero.data_type != TensorProto.UINT8
-            if signed and any(n.op_type == "MatMul" and place == 1 for n, place in sums):
-                return True
-        elif sums and codes.data_type == TensorProto.INT8 and _largest(codes) > ROOM // 2:
+            risky = zero is None or zero.data_type != TensorProto.UINT8
+        else:
+            risky = codes.data_type == TensorProto.INT8 and _largest(codes) > ROOM // 2
+        if risky and any(_adds_up(*read, codes) for read in _moved(dq.output[0], reads)):
             return True
     return False
+
+
+def _moved(tensor: str, reads: Mapping[str, list[Reader]]) -> Iterator[Reader]:
+    """The nodes that read a tensor, or what is left of it after moves, and where."""
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        for node, place in reads.get(waiting.pop(), ()):
+            yield node, place
+            if node.op_type in _MOVES:
+                waiting += [name for name in node.output if name not in seen]
+                seen.update(node.output)
 
 
 def _largest(codes: TensorProto) -> int:
     return int(np.abs(numpy_helper.to_array(codes).astype(np.int16)).max(initial=0))
 
 
-def _readers(model: onnx.ModelProto) -> dict[str, list[tuple[onnx.NodeProto, int]]]:
+def _readers(model: onnx.ModelProto) -> dict[str, list[Reader]]:
     """Tensor -> the nodes that read it, and where."""
-    found: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    found: dict[str, list[Reader]] = {}
     for node in model.graph.node:
         for place, name in enumerate(node.input):
             found.setdefault(name, []).append((node, place))
     return found
 
 
-def _adds_up(
-    node: onnx.NodeProto, place: int, held: Mapping[str, TensorProto], dq: onnx.NodeProto
-) -> bool:
-    """Whether a node that reads what a DQ makes adds up products of it, or hands it on to what may."""
-    if node.op_type == "Conv" and place == 1 and dq.input[0] in held:
+def _adds_up(node: onnx.NodeProto, place: int, codes: TensorProto | None) -> bool:
+    """Whether a node adds up products of 8-bit weights `codes`, or of a signed activation (None), in its place."""
+    if codes is None:
+        return node.op_type == "Einsum" or (node.op_type == "MatMul" and place == 1)
+    if node.op_type == "Conv" and place == 1:
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        return not _alone(held[dq.input[0]].dims, given)
+        return not _alone(codes.dims, given)
     return node.op_type in _SUMS
 
 

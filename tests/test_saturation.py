@@ -195,7 +195,18 @@ def test_what_is_added_up_in_32_bits_has_no_pairs() -> None:
     [
         ([("ConvTranspose", ["x", "wd"], "y")], (4, 4, 3, 3), True),
         ([("Transpose", ["wd"], "t"), ("MatMul", ["x", "t"], "y")], (6, 4), True),
-        ([("Transpose", ["wd"], "t"), ("Gather", ["wd", "i"], "y")], (6, 4), True),
+        ([("Transpose", ["wd"], "t"), ("Gather", ["wd", "i"], "y")], (6, 4), False),
+        (
+            [("Gather", ["wd", "i"], "g"), ("Reshape", ["g", "i"], "r"), ("Gemm", ["x", "r"], "y")],
+            (6, 4),
+            True,
+        ),
+        (
+            [("Gather", ["wd", "i"], "g"), ("Add", ["g", "x"], "r"), ("Gemm", ["x", "r"], "y")],
+            (6, 4),
+            False,
+        ),
+        ([("Squeeze", ["wd", "i"], "t"), ("Conv", ["x", "t"], "y")], (1, 6, 4, 1, 1), True),
         ([("MatMul", ["x", "wd"], "y"), ("Gemm", ["x", "wd"], "z")], (6, 6), True),
         ([("MatMul", ["x", "wd"], "y")], (6,), True),
         ([("Gather", ["wd", "i"], "y")], (6, 4), False),
@@ -218,14 +229,22 @@ def test_what_is_not_known_to_fit_could_saturate(
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_products_of_two_activations(signed: bool) -> None:
+@pytest.mark.parametrize("moves", [(), ("Transpose",), ("Split", "Reshape", "Transpose")])
+@pytest.mark.parametrize(("op", "place"), [("MatMul", 0), ("MatMul", 1), ("Einsum", 0)])
+def test_products_of_two_activations(
+    signed: bool, moves: tuple[str, ...], op: str, place: int
+) -> None:
     zero = np.zeros((), np.int8 if signed else np.uint8)
-    nodes = [helper.make_node("DequantizeLinear", [n, "s", "z"], [f"{n}d"]) for n in "ab"]
-    nodes.append(helper.make_node("MatMul", ["ad", "bd"], ["y"]))
+    nodes, read = [helper.make_node("DequantizeLinear", ["a", "s", "z"], ["ad"])], "ad"
+    for n, move in enumerate(moves):
+        nodes.append(helper.make_node(move, [read], [f"m{n}"]))
+        read = f"m{n}"
+    nodes.append(helper.make_node(op, [read, "x"] if place == 0 else ["x", read], ["y"]))
     tensors = [
         numpy_helper.from_array(np.asarray(v), n) for n, v in (("s", np.float32(1)), ("z", zero))
     ]
-    assert could(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))) == signed
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
+    assert could(model) == (signed and (op, place) != ("MatMul", 0))
 
 
 def test_a_file_keeps_what_it_has() -> None:
