@@ -18,6 +18,7 @@ from resq_deploy.errors import ModelError
 from resq_deploy.export import graph, onnx_source
 from resq_deploy.export.load import load_model
 from resq_deploy.export.pipeline import export_model
+from tests.export.short import few_steps
 from tests.helpers import SHAPE, checkpoint, save_npz
 
 NORMAL: dict[str, Any] = {"mean": (0.3,), "std": (0.25,)}
@@ -289,7 +290,8 @@ def test_it_is_exported_like_any_other(tmp_path: Path) -> None:
         "effort": 0.0,
     }
     path = save(tmp_path / "net.onnx", **free())
-    bundle = export_model(path, attacks=("fgsm",), attack_samples=8, **NORMAL, **options)
+    with few_steps(trials=True):
+        bundle = export_model(path, attacks=("fgsm",), attack_samples=8, **NORMAL, **options)
     manifest = Bundle.open(bundle.path).manifest
     assert (manifest.arch, manifest.input.mean, len(manifest.classes)) == ("net", (0.3,), 3)
     assert manifest.metrics.reference == "fp32"

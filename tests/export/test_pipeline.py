@@ -107,6 +107,7 @@ def test_where_it_came_from(home: Path, bundle: Bundle) -> None:
     assert {"onnx", "onnxruntime", "torch", "python"} <= provenance.versions.keys()
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_same_command_writes_the_same_bytes_in_another_place(
     home: Path, tmp_path: Path
 ) -> None:

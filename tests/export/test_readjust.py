@@ -166,15 +166,16 @@ def test_a_bundle_of_an_adjusted_file(
 ) -> None:
     for verdict in ("gains", "worthwhile"):  # an untrained network has little to win
         monkeypatch.setattr(stage, verdict, lambda *_: True)
-    bundle = export_model(
-        home / "shipped.onnx",
-        tmp_path / "a.resq",
-        reference=home / "model.pt",
-        adjust=True,
-        design_ber=BER,
-        redundancy=0.5,
-        **SMALL,
-    )
+    with few_steps(trials=True):
+        bundle = export_model(
+            home / "shipped.onnx",
+            tmp_path / "a.resq",
+            reference=home / "model.pt",
+            adjust=True,
+            design_ber=BER,
+            redundancy=0.5,
+            **SMALL,
+        )
     manifest = Bundle.open(bundle.path).manifest
     assert manifest.adjustment.design_ber == BER
     assert manifest.adjustment.reason is None
@@ -208,7 +209,8 @@ def test_codes_of_a_file_that_cannot_saturate(home: Path, tmp_path: Path) -> Non
     common: dict[str, Any] = {"reference": home / "model.pt", "overflow_fix": True, **SMALL}
     plain = export_model(home / "shipped.onnx", tmp_path / "a.resq", **common)
     assert plain.manifest.adjustment.reason == adopt.FITTED
-    learned = export_model(home / "shipped.onnx", tmp_path / "b.resq", adjust=True, **common)
+    with few_steps(trials=True):
+        learned = export_model(home / "shipped.onnx", tmp_path / "b.resq", adjust=True, **common)
     for bundle in (plain, learned):
         assert bundle.manifest.quantization.saturates is False
         assert not saturation.could(read_onnx(bundle.int8))

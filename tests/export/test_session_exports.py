@@ -62,7 +62,7 @@ def test_no_sum_saturates_where_that_is_asked_for(tmp_path: Path) -> None:
     """An ordinary session answers to the last bit what an exact one does, with stage III and without."""
     checkpoint().save(tmp_path / "m.pt")
     for adjust_it in (False, True):
-        with few_steps():
+        with few_steps(trials=True):
             made = export_model(
                 tmp_path / "m.pt", **FAST, adjust=adjust_it, rules="onnxruntime",
                 overflow_fix=True, force=True,
