@@ -42,8 +42,8 @@ class Scores:
     """What one graph is worth on the held-out images, per image float64 [N]; `divergence` in nats.
 
     `clean`, `attacked`: values in [0, 1] (attacked: fewer images); `faulty`: [bit error rates, N], the means over
-    the trials of each; `worth`: [bit error rates, trials], the means over the images; `bits`: of the memory that
-    flips fall on, which are the same flips for graphs that have as many; `agreement`: share of images whose
+    the trials that showed the image; `worth`: [bit error rates, trials], the means over images; `bits`: of the memory
+    that flips fall on, which are the same flips for graphs that have as many; `agreement`: share of images whose
     top-1 is FP32's, without flips;
     `disagreement`: share of mixtures of two images for which it is not, smoothed;
     `divergence`: mean KL from FP32 under flips; `trials`: share of each trial's images that agree with FP32.
@@ -77,7 +77,8 @@ class Scores:
 class Guard:
     """Held-out images with FP32's logits for them, and how to measure: `trials` at each of the `bers`.
 
-    `doubt`: mixtures of the images at which FP32 hesitates; `part`: images that are attacked at once.
+    `shown`: images of one trial, which go round (None: all); `doubt`: mixtures of the images at which FP32 hesitates;
+    `part`: images that are attacked at once. Raises ValueError where trials leave images unseen.
     """
 
     images: Images
@@ -86,12 +87,17 @@ class Guard:
     bers: tuple[float, ...]
     eps: float
     trials: int = 10
+    shown: int | None = None
     attacked: int = 128
     steps: int = 10
     seed: int = 0
     threads: int | None = None
     part: int = 128
     say: Reporter = field(default_factory=Reporter)
+
+    def __post_init__(self) -> None:
+        if self.trials * len(self._rows(0)) < len(self.images):
+            raise ValueError(f"{self.trials} trials of {self.shown} images are not all of them")
 
     def measure(self, model: onnx.ModelProto, name: str = "INT8") -> Scores:
         """Scores of an INT8 graph, run as it is deployed; the attack goes through its twin. `name`: for progress."""
@@ -108,17 +114,22 @@ class Guard:
                     for trial in range(self.trials)
                 ]
             attacked = runner(self._attack(model)) if self.attacked else clean[:0]
-        values = np.stack([value(logits, self.reference) for logits in faulty])
-        best = top1(self.reference)
+        best, sound = top1(self.reference), value(clean, self.reference)
+        rows = [self._rows(trial) for _ in self.bers for trial in range(self.trials)]
+        worth = np.full((len(rows), len(sound)), np.nan)
+        for one, shown, logits in zip(worth, rows, faulty, strict=True):
+            one[shown] = value(logits, self.reference[shown])
+        by_ber = worth.reshape(len(self.bers), self.trials, -1)
+        met = list(zip(rows, faulty, strict=True))
         return Scores(
-            clean=value(clean, self.reference),
+            clean=sound,
             agreement=float((top1(clean) == best).mean()),
             disagreement=disagreement,
-            faulty=values.reshape(len(self.bers), self.trials, -1).mean(axis=1),
-            worth=values.mean(axis=1).reshape(len(self.bers), self.trials),
+            faulty=np.nanmean(by_ber, axis=1),
+            worth=sound.mean() + np.nanmean(by_ber - sound, axis=2),
             bits=golden_space.size,
-            trials=np.array([(top1(logits) == best).mean() for logits in faulty]),
-            divergence=float(np.mean([_kl(self.reference, logits) for logits in faulty])),
+            trials=np.array([(top1(logits) == best[shown]).mean() for shown, logits in met]),
+            divergence=float(np.mean([_kl(self.reference[shown], v) for shown, v in met])),
             attacked=(top1(attacked) == best[: len(attacked)]).astype(np.float64),
         )
 
@@ -126,9 +137,15 @@ class Guard:
         self, runner: Runner, space: FaultSpace, ber: float, trial: int, task: Task
     ) -> NDArray[np.float32]:
         with runner.faults(draw(space, ber, np.random.default_rng([self.seed, trial]))):
-            logits = runner(self.images)
+            logits = runner(self.images[self._rows(trial)])
         task.advance(1)
         return logits
+
+    def _rows(self, trial: int) -> NDArray[np.intp]:
+        """The images that a trial shows."""
+        count = len(self.images)
+        shown = count if self.shown is None else min(self.shown, count)
+        return (trial * shown + np.arange(shown)) % count
 
     def _attack(self, model: onnx.ModelProto) -> Images:
         count = min(self.attacked, len(self.images))

@@ -20,7 +20,8 @@ Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 DRAWN = 4096
-KEPT = 1024  # of them, with the narrowest margins
+KEPT = 1024  # of them, with the narrowest margins: a quarter
+FEWEST = 1024  # that are drawn where a pass takes long
 _OTHER = (0.3, 0.5)  # weight of the second image
 _NEIGHBOURS = 0.2  # of the kept ones: how many of like margin tell how much such a margin changes
 _AT_ONCE = 64
@@ -39,12 +40,12 @@ class Mixtures:
     weight: Images
 
     @classmethod
-    def draw(cls, images: Images, seed: int) -> Mixtures:
-        """4,096 of 50 to 70% of one image and the rest of another; every image is the first one equally often."""
+    def draw(cls, images: Images, seed: int, count: int = DRAWN) -> Mixtures:
+        """So many of 50 to 70% of one image and the rest of another; every image is the first one equally often."""
         rng = np.random.default_rng([seed, 1])
-        first = np.resize(rng.permutation(len(images)), DRAWN)
-        second = (first + rng.integers(1, max(len(images), 2), DRAWN)) % len(images)
-        return cls(images, first, second, rng.uniform(*_OTHER, DRAWN).astype(np.float32))
+        first = np.resize(rng.permutation(len(images)), count)
+        second = (first + rng.integers(1, max(len(images), 2), count)) % len(images)
+        return cls(images, first, second, rng.uniform(*_OTHER, count).astype(np.float32))
 
     def take(self, rows: Indices) -> Mixtures:
         """Some of them."""
@@ -70,12 +71,18 @@ class Doubt:
     share: float
 
     @classmethod
-    def find(cls, images: Images, logits: Callable[[Mixtures], Logits], seed: int) -> Doubt:
-        """1,024 of 4,096 mixtures of the images; `logits` gives FP32's for them."""
-        drawn = Mixtures.draw(images, seed)
-        reference = logits(drawn)
-        rows = np.argsort(_margins(reference, top1(reference)), kind="stable")[:KEPT]
-        return cls(drawn.take(rows), reference[rows], KEPT / DRAWN)
+    def find(
+        cls,
+        images: Images,
+        logits: Callable[[Mixtures], Logits],
+        seed: int,
+        count: int = DRAWN,
+    ) -> Doubt:
+        """A quarter of `count` mixtures of the images; `logits` gives FP32's for them."""
+        drawn = Mixtures.draw(images, seed, count)
+        reference, kept = logits(drawn), round(count * KEPT / DRAWN)
+        rows = np.argsort(_margins(reference, top1(reference)), kind="stable")[:kept]
+        return cls(drawn.take(rows), reference[rows], kept / count)
 
     def disagreement(self, run: Callable[[Images], Logits]) -> float:
         """Share of all mixtures drawn whose top-1 is not FP32's, smoothed, taking it that the others agree."""

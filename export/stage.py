@@ -24,7 +24,7 @@ from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.heap import give_back
-from resq_deploy.export.mixtures import Doubt, Mixtures
+from resq_deploy.export.mixtures import DRAWN, FEWEST, Doubt, Mixtures
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.verdict import gains, objections, worthwhile
 from resq_deploy.export.work import work_per_image
@@ -48,6 +48,9 @@ _TAUGHT_BER = (
 )
 _CLEAN_POWER = 1.0  # weight of the golden pass: (taught BER / design BER) ** this
 _SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
+_JUDGED = 1e13  # ... and that each of a guard's three measures may take of one graph
+_ATTACK = 30  # passes that attacking one image is worth: ten gradients
+_LEAST_ATTACKED = 16  # images, however large the network
 _HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
 _PART = 16  # ... so many images go through a network with gradients at once
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
@@ -100,14 +103,18 @@ class Stage(Generic[T]):
         bers = tuple(
             sorted({self.ber, *(max(self.ber, min(k * self.ber, _TAUGHT_BER)) for k in (3, 10))})
         )
+        trials = _TRIALS * (1 if self.heavy else _MORE) // len(bers)
+        passes = int(_JUDGED / self.work)
+        attacked = max(min(passes // _ATTACK, 64 if self.heavy else 128), _LEAST_ATTACKED)
         self.guard = Guard(
             held_out,
             logits_of(fp32, [held_out], threads),
-            Doubt.find(held_out, self._logits, seed),
+            Doubt.find(held_out, self._logits, seed, min(max(passes, FEWEST), DRAWN)),
             bers,
             eps,
-            trials=_TRIALS * (1 if self.heavy else _MORE) // len(bers),
-            attacked=min(len(held_out), 64 if self.heavy else 128),
+            trials=trials,
+            shown=max(passes // (trials * len(bers)), -(-len(held_out) // trials)),
+            attacked=min(len(held_out), attacked),
             seed=seed,
             threads=threads,
             part=_PART if self.heavy else 128,
@@ -197,14 +204,16 @@ class Stage(Generic[T]):
             best = candidate if gains(candidate.scores, best.scores) else best
         best = best if worthwhile(best.scores, plain.scores) else plain
         self.say.log(f"stage III keeps: {best.name}")
+        held_out = len(self.guard.images)
         record = Adjustment(
             applied=best is not plain,
             design_ber=self.ber,
             steps=tuple(steps),
             measured={
                 "kept": best.name,
-                "held_out": len(self.guard.images),
+                "held_out": held_out,
                 "trials": self.guard.trials * len(self.guard.bers),
+                "images_per_trial": min(self.guard.shown or held_out, held_out),
                 "bers": list(self.guard.bers),
                 "attack": f"pgd-{self.guard.steps}, eps={self.eps:.5g}, {self.guard.attacked} images",
                 "plain": plain.scores.summary(),
