@@ -270,6 +270,10 @@ def least_noise(
         loss = torch.stack([r.noise(log_r, share * span, flips) for r in readers]).sum()
         value = float(loss.detach())
         start = start or value
+        if (
+            not value > 0
+        ):  # nothing is read, or by weights that are all 0: there is nothing to weigh
+            return np.ones(channels), np.zeros(channels), 0.0
         if value < least:
             best, least = (log_r.detach().clone(), share.detach().clone()), value
         loss.log().backward()  # type: ignore[no-untyped-call]
@@ -281,9 +285,10 @@ def least_noise(
 
 def _apply(group: Group, arrays: dict[str, NDArray[Any]], r: NDArray[Any]) -> None:
     for node in group.producers:
-        for name in node.input[1:3]:
-            shape = (-1, *[1] * (arrays[name].ndim - 1))
-            arrays[name] = (arrays[name] / r.reshape(shape)).astype(np.float32)
+        weight = arrays[node.input[1]]
+        arrays[node.input[1]] = (weight.T / r).T.astype(np.float32)
+        for bias in filter(None, node.input[2:]):
+            arrays[bias] = (arrays[bias] / r).astype(np.float32)  # a Gemm's may be [1, M] too
     for node in group.consumers:
         arrays[node.input[1]] = stretched(node, arrays[node.input[1]], r)
 

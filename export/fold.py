@@ -88,6 +88,30 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
+def plain_products(graph: onnx.GraphProto) -> None:
+    """Gemms x W + b of float constants, in place: alpha goes into W, beta into b, which becomes one value an output."""
+    arrays, reads = initializers(graph), consumers(graph)
+    for node in graph.node:
+        held = [arrays[name] for name in node.input[1:] if name in arrays]
+        if node.op_type != "Gemm" or len(held) < len(node.input) - 1:
+            continue
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        outputs = held[0].dims[0 if given.get("transB", 0) else 1]
+        factors = [given.get("alpha", 1.0), given.get("beta", 1.0)]
+        for position, (tensor, factor) in enumerate(zip(held, factors, strict=False), 1):
+            old = numpy_helper.to_array(tensor)
+            value = old if factor == 1 else (old * factor).astype(old.dtype)
+            if position == 2 and old.size in (1, outputs) and old.size == max((1, *old.shape)):
+                value = np.broadcast_to(value.reshape(-1), (outputs,))
+            if factor == 1 and value.shape == old.shape:
+                continue
+            if len(reads[tensor.name]) > 1:
+                tensor = graph.initializer.add()
+                tensor.name = node.input[position] = f"{node.input[position]}.{node.output[0]}"
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+        replace(node.attribute, [a for a in node.attribute if a.name not in ("alpha", "beta")])
+
+
 def drop_unused(graph: onnx.GraphProto) -> None:
     """Remove, in place, nodes and initializers that no output needs; initializers come out in order of use."""
     needed = {output.name for output in graph.output}

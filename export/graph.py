@@ -114,6 +114,7 @@ def finished(
     own = {n.output[0]: n.name for n in model.graph.node if n.name}
     model = _simplified(model)
     _pools(model)
+    fold.plain_products(model.graph)
     fold.drop_unused(model.graph)
     names.rename(model, prefix, leaves, own=None if prefix else own)
     names.forget_origin(model, name, opset)

@@ -140,19 +140,26 @@ def _is_later(name: str, tensors: Collection[str]) -> bool:
 
 
 def _unshare(graph: onnx.GraphProto) -> None:
-    """One copy of a parameter for each layer that reads it: in an engine they are separate places in memory."""
+    """One copy of a parameter for each layer that reads it: in an engine they are separate places in memory.
+
+    Whatever else reads it has another copy, which stays as it is where the layer's is rescaled or quantized.
+    """
     seen, arrays = set[str](), fold.initializers(graph)
+    parameters = {name for n in graph.node for i, name in enumerate(n.input) if _is_parameter(n, i)}
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if not _is_parameter(node, position) or name not in arrays:
+            if name not in arrays or name not in parameters:
                 continue
-            if name in seen:
-                copy = onnx.TensorProto()
-                copy.CopyFrom(arrays[name])
-                copy.name = f"{name}.{node.output[0]}"
-                graph.initializer.append(copy)
-                node.input[position] = copy.name
-            seen.add(name)
+            layer = _is_parameter(node, position)
+            if name in seen or not layer:
+                copy = f"{name}.{node.output[0]}"
+                if copy not in arrays:
+                    arrays[copy] = graph.initializer.add()
+                    arrays[copy].CopyFrom(arrays[name])
+                    arrays[copy].name = copy
+                node.input[position] = copy
+            if layer:
+                seen.add(name)
 
 
 def _is_parameter(node: onnx.NodeProto, position: int) -> bool:

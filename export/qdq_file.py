@@ -100,24 +100,30 @@ def is_symmetric(model: onnx.ModelProto) -> bool:
 def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     """The network that a canonical graph rounds, as far as it tells: float arithmetic on its dequantized weights.
 
-    What a Q clips stays clipped: quantizers leave out a Relu where the range of codes ends at 0.
+    What a Q clips stays clipped: quantizers leave out a Relu where the range of codes ends at 0. Constants that codes
+    are padded, joined or compared with become what they stand for. Raises ModelError where that differs by channel.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     held = fold.initializers(made.graph)
     known = [n for n in made.graph.node if n.op_type == _DQ and n.input[0] in held]
-    values = fold.evaluate(made, known, [n.output[0] for n in known])
-    passed: dict[str, str] = {}
+    values, shapes = fold.evaluate(made, known, [n.output[0] for n in known]), fold.shapes(model)
+    passed, coded = dict[str, str](), dict[str, onnx.NodeProto]()
     kept = []
     for node in made.graph.node:
         if node.output[0] in values:
             continue
+        q = node if node.op_type == _Q else next((coded[n] for n in node.input if n in coded), None)
+        if q is not None and node.op_type != _DQ:
+            coded |= dict.fromkeys(node.output, q)
+            if node is not q:
+                _meant(made.graph, node, q)
         for position, name in enumerate(node.input):
             node.input[position] = passed.get(name, name)
         if node.op_type == _DQ:
             passed[node.output[0]] = node.input[0]
         elif node.op_type == _Q:
-            kept += _clipped(made.graph, node)
+            kept += _clipped(made.graph, node, len(shapes.get(node.input[0], ())))
         else:
             kept.append(node)
     last = made.graph.output[0].name
@@ -129,17 +135,60 @@ def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     return fold.compact(made)
 
 
-def _clipped(graph: onnx.GraphProto, q: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """What a Q does but for rounding, with the ends of its range as new initializers."""
+def _meant(graph: onnx.GraphProto, node: onnx.NodeProto, q: onnx.NodeProto) -> None:
+    """Codes among a node's constants become, in place, what they stand for beside those of a Q that it moves."""
+    arrays = fold.initializers(graph)
+    if node.op_type == "Pad" and not any(node.input[2:3]):  # 0 is a code too, and not always 0
+        zero = np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(_code_kind(q, arrays)))
+        name = f"{node.output[0]}.pad"
+        arrays[name] = graph.initializer.add()
+        arrays[name].CopyFrom(numpy_helper.from_array(zero, name))
+        fold.replace(node.input, [*node.input[:2], name, *node.input[3:]])
+    kind = _code_kind(q, arrays)
+    for position, name in enumerate(node.input):
+        if name not in arrays or arrays[name].data_type != kind:
+            continue
+        scale = numpy_helper.to_array(arrays[q.input[1]])
+        shift = numpy_helper.to_array(arrays[q.input[2]]) if len(q.input) > 2 else np.zeros(1)
+        if np.unique(scale).size > 1 or np.unique(shift).size > 1:
+            raise ModelError(
+                f"{node.name}: {node.op_type} has codes of its own between channels of several scales",
+                "quantize this tensor with one scale",
+            )
+        codes = numpy_helper.to_array(arrays[name]).astype(np.float64)
+        meant = (codes - float(shift.flat[0])) * float(scale.flat[0])
+        node.input[position] = f"{node.output[0]}.in{position}"
+        tensor = numpy_helper.from_array(meant.astype(scale.dtype), node.input[position])
+        graph.initializer.append(tensor)
+
+
+def _clipped(graph: onnx.GraphProto, q: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
+    """What a Q of a tensor of this rank (0: unknown) does but for rounding, with the ends of its range as initializers.
+
+    Several ranges of one tensor are those of its channels; the widest is for all where the rank is not known.
+    """
     arrays = fold.initializers(graph)
     scale = numpy_helper.to_array(arrays[q.input[1]])  # of the type that is quantized
     low, high = _range(scale, arrays, q)
     ends = [f"{q.output[0]}.low", f"{q.output[0]}.high"]
+    apart = rank > 0 and np.unique(low).size + np.unique(high).size > 2
+    if apart:
+        shape = [1] * rank
+        shape[_attribute(q, "axis", 1)] = -1
+        bounds = [low.reshape(shape), high.reshape(shape)]
+    else:
+        bounds = [low.min(), high.max()]
     graph.initializer.extend(
         numpy_helper.from_array(np.asarray(value).astype(scale.dtype), name)
-        for value, name in zip((low.min(), high.max()), ends, strict=True)
+        for value, name in zip(bounds, ends, strict=True)
     )
-    return [onnx.helper.make_node("Clip", [q.input[0], *ends], [q.output[0]], name=q.name)]
+    if not apart:
+        return [onnx.helper.make_node("Clip", [q.input[0], *ends], [q.output[0]], name=q.name)]
+    above = f"{q.output[0]}.above"
+    return [
+        onnx.helper.make_node("Max", [q.input[0], ends[0]], [above], name=f"{q.name}.max"),
+        onnx.helper.make_node("Min", [above, ends[1]], [q.output[0]], name=f"{q.name}.min"),
+    ]
 
 
 def _range(
@@ -153,10 +202,14 @@ def _range(
 
 
 def _code_type(q: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto]) -> Any:
+    """The numpy type of what a Q makes."""
+    return onnx.helper.tensor_dtype_to_np_dtype(_code_kind(q, arrays))
+
+
+def _code_kind(q: onnx.NodeProto, arrays: Mapping[str, onnx.TensorProto]) -> int:
     """What a Q makes: its zero point's type, else what it says, else unsigned."""
     told = _attribute(q, "output_dtype", 0) or TensorProto.UINT8
-    kind = arrays[q.input[2]].data_type if len(q.input) > 2 else told
-    return onnx.helper.tensor_dtype_to_np_dtype(kind)
+    return arrays[q.input[2]].data_type if len(q.input) > 2 else told
 
 
 def _own_domain(model: onnx.ModelProto) -> None:
@@ -217,7 +270,9 @@ def _check(model: onnx.ModelProto) -> None:
 
 
 def _activations(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Tensor -> what quantizes it; the second Q of a tensor is listed as `NAME_1`."""
     arrays = fold.initializers(model.graph)
+    unique = names.Unique()
     for node in model.graph.node:
         if node.op_type == _Q:
             scale = numpy_helper.to_array(arrays[node.input[1]]).astype(np.float64)
@@ -225,7 +280,7 @@ def _activations(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, Any]]]
             zero = numpy_helper.to_array(arrays[node.input[2]]) if len(node.input) > 2 else None
             one = scale.size == 1
             yield (
-                node.input[0],
+                unique(node.input[0]),
                 {
                     "scale": float(scale.max()),
                     "zero_point": (0 if zero is None else int(zero.reshape(()))) if one else None,

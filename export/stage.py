@@ -49,8 +49,9 @@ _TAUGHT_BER = (
 _CLEAN_POWER = 1.0  # weight of the golden pass: (taught BER / design BER) ** this
 _SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
 _JUDGED = 1e13  # ... and that each of a guard's three measures may take of one graph
+_LEAST_SHOWN = 64  # images that a trial shows, and are attacked at least, however large the network
 _ATTACK = 30  # passes that attacking one image is worth: ten gradients
-_LEAST_ATTACKED = 16  # images, however large the network
+_LEAST_ATTACKED = 16
 _HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
 _PART = 16  # ... so many images go through a network with gradients at once
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
@@ -113,7 +114,7 @@ class Stage(Generic[T]):
             bers,
             eps,
             trials=trials,
-            shown=max(passes // (trials * len(bers)), -(-len(held_out) // trials)),
+            shown=max(passes // (trials * len(bers)), _LEAST_SHOWN),
             attacked=min(len(held_out), attacked),
             seed=seed,
             threads=threads,

@@ -62,8 +62,12 @@ def _transposed_pads(
     for size, stride, width, more, out in zip(
         sizes, strides, kernel, extra, wanted[-len(kernel) :], strict=True
     ):
-        total = max(stride * (size - 1) + more + width - out, 0)
-        small, large = total // 2, total - total // 2
+        total = stride * (size - 1) + more + width - out
+        small, large = max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
+        if total < 0:  # more is wanted than there is: zeros behind it
+            begin.append(0)
+            end.append(total)
+            continue
         begin.append(small if auto == "SAME_UPPER" else large)
         end.append(large if auto == "SAME_UPPER" else small)
     return begin, end
@@ -84,7 +88,10 @@ def _of_rank(
 def _pad_image(
     node: Node, x: Tensor, kernel: Sequence[int], strides: Sequence[int], value: float
 ) -> tuple[Tensor, list[int]]:
-    """Asymmetric padding is made here; symmetric padding is left to the kernel, which does it for nothing."""
+    """Asymmetric padding is made here; symmetric padding is left to the kernel, which does it for nothing.
+
+    Torch's pools refuse padding of more than half a window: that is made here too.
+    """
     count = len(kernel)
     pads = node.get("pads", [0] * (2 * count))
     auto = node.get("auto_pad", "NOTSET")
@@ -93,7 +100,8 @@ def _pad_image(
     elif auto == "VALID":
         pads = [0] * (2 * count)
     begin, end = pads[:count], pads[count:]
-    if begin == end:
+    windows = node.attributes["kernel_shape"] if node.op.endswith("Pool") else ()
+    if begin == end and all(2 * p <= width for p, width in zip(begin, windows, strict=False)):
         return x, list(begin)
     flat = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
     return F.pad(x, flat, value=value), [0] * count
@@ -133,7 +141,8 @@ def _max_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     dilations = node.get("dilations", [1] * len(kernel))
     x, padding = _pad_image(node, inputs[0], _reach(kernel, dilations), strides, float("-inf"))
     pool = _of_rank(_MAX_POOL, len(kernel), node)
-    return (pool(x, kernel, strides, padding, dilations, bool(node.get("ceil_mode", 0))),)
+    made = pool(x, kernel, strides, padding, dilations, bool(node.get("ceil_mode", 0)))
+    return (_inside(node, made, inputs[0], _reach(kernel, dilations), strides),)
 
 
 def _average_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -145,10 +154,26 @@ def _average_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     pool = _of_rank(_AVERAGE_POOL, len(kernel), node)
     x, padding = _pad_image(node, inputs[0], kernel, strides, 0.0)
     made = pool(x, kernel, strides, padding, ceil, whole)
-    if x is inputs[0] or whole:
-        return (made,)
-    inside, _ = _pad_image(node, torch.ones_like(inputs[0]), kernel, strides, 0.0)
-    return (made / pool(inside, kernel, strides, padding, ceil, whole),)
+    if x is not inputs[0] and not whole:
+        ones, _ = _pad_image(node, torch.ones_like(inputs[0]), kernel, strides, 0.0)
+        made = made / pool(ones, kernel, strides, padding, ceil, whole)
+    return (_inside(node, made, inputs[0], kernel, strides),)
+
+
+def _inside(
+    node: Node, made: Tensor, x: Tensor, kernel: Sequence[int], strides: Sequence[int]
+) -> Tensor:
+    """What a pool made, without windows that begin behind the image: torch does not know padding made before it."""
+    pads = node.get("pads")
+    if not node.get("ceil_mode", 0) or pads is None:
+        return made
+    count = len(kernel)
+    for axis, (width, stride) in enumerate(zip(kernel, strides, strict=True)):
+        begin, end, size = pads[axis], pads[count + axis], x.shape[axis - count]
+        windows = -(-(size + begin + end - width) // stride) + 1
+        windows -= (windows - 1) * stride >= size + begin
+        made = made.narrow(axis - count, 0, windows)
+    return made
 
 
 def _lp_pool(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -219,7 +244,13 @@ def _layer_norm(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
     x: Tensor = inputs[0]
     shape = x.shape[node.get("axis", -1) :]
     bias = inputs[2] if len(inputs) > 2 else None
-    return (F.layer_norm(x, shape, inputs[1], bias, node.get("epsilon", 1e-5)),)
+    bias = None if bias is None else _spread(bias, shape)
+    return (F.layer_norm(x, shape, _spread(inputs[1], shape), bias, node.get("epsilon", 1e-5)),)
+
+
+def _spread(value: Tensor, shape: torch.Size) -> Tensor:
+    """A parameter as large as what it is for; dimensions of 1 before that say nothing."""
+    return value.reshape(value.shape[max(value.ndim - len(shape), 0) :]).expand(shape)
 
 
 def _batch_norm(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
