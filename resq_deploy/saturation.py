@@ -290,7 +290,7 @@ def in_16_bits(model: onnx.ModelProto) -> dict[str, bool]:
             rows = _as_added(node, numpy_helper.to_array(tensor))
             if rows.size:
                 partner = neighbours(np.arange(rows.shape[1]))
-                found[node.name] = bool(_excess(rows, partner).any())
+                found[node.name or node.output[0]] = bool(_excess(rows, partner).any())
     return found
 
 
