@@ -56,6 +56,15 @@ def check_rules(rules: str, taken: bool, targets: Sequence[str], high_precision:
     raise ModelError(f"--rules onnxruntime {said}", cure)
 
 
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise DataError where there is nothing to tell apart."""
+    if len(classes) < 2:
+        raise DataError(
+            f"one class only: {', '.join(map(str, classes))}",
+            "top-1 needs two at least; give a network with one output two, [0, x]",
+        )
+
+
 def check_design(design: Design, adjust: bool) -> None:
     """Raise DataError for a design that is not the usual one where stage III is left out."""
     usual = Design()

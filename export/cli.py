@@ -85,8 +85,13 @@ class _Recorded(click.Command):
 @click.option(
     "--input-shape", type=shape, metavar="CxHxW", help="3x32x32; a checkpoint knows its own."
 )
-@click.option("--mean", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels in [0, 1].")
-@click.option("--std", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels in [0, 1].")
+@click.option(
+    "--mean",
+    type=_numbers,
+    metavar="NUMBERS",
+    help="One a channel, or one for all; of pixels in [0, 1].",
+)
+@click.option("--std", type=_numbers, metavar="NUMBERS", help="As --mean.")
 @click.option("--calib", metavar="DATA", help="Calibration data; default: what it was trained on.")
 @click.option("--calib-samples", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--eval", metavar="DATA", help="Held-out data; default: the test split of --calib.")

@@ -53,14 +53,22 @@ def compare(
     )
 
 
-def guesses(metrics: Metrics, classes: int) -> str | None:
-    """What to say where the network itself answers hardly better than chance on the held-out images; else None."""
+def guesses(metrics: Metrics, classes: int, *, told: bool = False) -> str | None:
+    """What to say where the network itself answers hardly better than chance on the held-out images; else None.
+
+    `told`: whether the user said how pixels are normalized.
+    """
     chance = 1 / classes
     if metrics.fp32_accuracy >= chance + GUESS * (1 - chance):
         return None
     return (
         f"the network is right on {metrics.fp32_accuracy:.1%} of the held-out images, of {classes} classes:"
-        " if it wants normalized pixels, give --mean and --std; look at the order of the classes too"
+        + (
+            " look at --mean and --std"
+            if told
+            else " if it wants normalized pixels, give --mean and --std"
+        )
+        + "; look at the order of the classes too"
     )
 
 

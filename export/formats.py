@@ -149,9 +149,9 @@ def _trusted(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"{file} needs code that cannot be imported: {error}", "set PYTHONPATH to it"
-        ) from error
+        script = "__main__" in str(error)  # a class of the script that saved it is in no module
+        cure = "save model.state_dict(), or TorchScript" if script else "set PYTHONPATH to it"
+        raise ModelError(f"{file} needs code that cannot be imported: {error}", cure) from error
     except Exception as error:  # the author's code may raise anything
         raise _damaged(file) from error
 

@@ -123,7 +123,6 @@ def export_model(
     target = Path(output) if output is not None else file.with_suffix(".resq")
     check_free(target, force=force)
     builder = engine or EngineOptions()
-    requests(targets, batch, sm, builder)
     design = Design(design_ber, redundancy, effort)
     taken = formats.is_quantized(file)
     adjusts = not taken if adjust is None else adjust
@@ -133,6 +132,7 @@ def export_model(
     asked.check_precision(high_precision, opset)
     asked.check_rules(rules, taken, targets, high_precision)
     asked.check_design(design, adjusts)
+    requests(targets, batch, sm, builder)
     asked.check_calibration(calib_samples, adjusts)
     plain = map(white_box, ATTACKS if attacks is None else attacks)
     crafts = tuple(dict.fromkeys((*plain, *(f.attack for f in faulty))))
@@ -153,6 +153,7 @@ def export_model(
         if loaded.form == "checkpoint":  # it knows its own: what is said is the file's
             loaded, bare = bare, None
     drawn = samples.draw(loaded, calib, calib_samples, eval, eval_samples, seed=seed, reporter=say)
+    asked.check_classes(drawn.classes)
     asked.check_calibration(len(drawn.calibration), adjusts)
     say.log(
         f"{file if reference is None else reference}: {loaded.form}, {loaded.arch}, {len(drawn.classes)} classes"
@@ -189,7 +190,7 @@ def export_model(
         )
     metrics = describe.compare(made.fp32, made.deployed, drawn.held_out, made.reference)
     for said in (
-        describe.guesses(metrics, len(drawn.classes)),
+        describe.guesses(metrics, len(drawn.classes), told=mean is not None or std is not None),
         describe.doubts(metrics, made.quantization["activations"]),
     ):
         if said:

@@ -27,6 +27,7 @@ from resq_deploy.report.model import Figure, Report
 from resq_deploy.runtime import evidence
 from resq_deploy.runtime.corruptions import MEAN
 from resq_deploy.runtime.differences import Change, change, widened
+from resq_deploy.runtime.places import report_folder
 
 Threat = Literal["faults", "attacks"]
 Measure = Callable[[Bundle], Report]
@@ -57,19 +58,26 @@ class Subject:
     sha256: str = ""
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], measure: Measure | None = None) -> Subject:
-        """A bundle with the report that resq-validate left beside it, or that `measure` makes now.
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        measure: Measure | None = None,
+        reports: Sequence[str | os.PathLike[str]] = (),
+    ) -> Subject:
+        """A bundle with its report: of the folders `reports`, beside it, or what `measure` makes now.
 
-        Raises CampaignError where there is neither.
+        Raises CampaignError where there is none, ReportError for a folder without a report.
         """
-        from resq_deploy.runtime.contents import nearby_report
+        from resq_deploy.runtime.contents import nearby_report, report_of
 
         bundle = Bundle.open(path)
-        report = nearby_report(bundle) or (measure(bundle) if measure else None)
+        report = report_of(bundle, reports) or nearby_report(bundle)
+        if report is None and measure is not None:
+            report = measure(bundle)
         if report is None:
             raise CampaignError(
-                f"{path} has no report of this very artifact beside it",
-                f"resq-validate {path} --joint",
+                f"{path} has no report of this very artifact in {report_folder(bundle.path)}",
+                f"give one that lies elsewhere with --report, or make one: resq-validate {path} --joint",
             )
         lines = {line.name: line.points for line in curves.lines_of(report)}
         return cls(
@@ -275,7 +283,8 @@ def _hardest_attack(names: Iterable[str], subjects: Sequence[Subject]) -> str:
     attacks = [n for n in names if n.startswith(_ATTACK) and n.count("@") == 1]
     if not attacks:
         raise CampaignError(
-            "these reports have no attack in common", "export each with the same --attack and --eps"
+            "these reports have no attack in common",
+            "validate each with the same --attack, of inputs that both were exported with",
         )
     worst = [n for n in attacks if n.startswith(f"{_ATTACK}worst")]
     return min(worst or attacks, key=lambda n: sum(s.figures[n].mean for s in subjects))

@@ -26,6 +26,12 @@ _PARTS = (
 )
 
 
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Raise ReportError for a file that exists, unless it is to be replaced."""
+    if path.exists() and not (force and path.is_file()):
+        raise ReportError(f"{path} exists", "choose another -o, or replace a file with --force")
+
+
 def write_page(found: Comparison, path: Path) -> Path:
     """Write the page of a comparison. Raises ReportError where it cannot be written."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -92,17 +93,24 @@ def sign_flip(codes: NDArray[Any], axis: int | None) -> float:
     return float(np.mean(128 / np.maximum(norms, 1.0)))
 
 
+def report_of(bundle: Bundle, folders: Iterable[str | os.PathLike[str]]) -> Report | None:
+    """The report of this very artifact among these folders. Raises ReportError for one that holds none."""
+    for folder in folders:
+        report = read_report(folder)
+        if report.subject.int8_sha256 == bundle.manifest.files[INT8].sha256:
+            return report
+    return None
+
+
 def nearby_report(bundle: Bundle) -> Report | None:
     """The report that `resq-validate` left beside a bundle, if it is of this very artifact."""
     folder = report_folder(bundle.path)
     if not (folder / JSON).is_file():
         return None
     try:
-        report = read_report(folder)
+        return report_of(bundle, [folder])
     except ResqError:
         return None
-    same = report.subject.int8_sha256 == bundle.manifest.files[INT8].sha256
-    return report if same else None
 
 
 def summary(bundle: Bundle, report: Report | None = None) -> dict[str, Any]:

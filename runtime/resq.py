@@ -215,18 +215,34 @@ def replay(report: Path, trial: int, campaign: str | None, as_json: bool, **give
     epilog="\b\nExample:\n  resq compare plain.resq stage1.resq stage2.resq",
 )
 @click.argument("bundles", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--report",
+    "reports",
+    type=PATH,
+    multiple=True,
+    help="Where resq-validate -o put one; repeatable.",
+)
 @click.option("-o", "--output", type=PATH, help="A page to write: curves and differences, HTML.")
+@click.option("--force", is_flag=True, help="Replace the page.")
 @JSON
-def compare(bundles: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+def compare(
+    bundles: tuple[Path, ...],
+    reports: tuple[Path, ...],
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Compare the reports of two or more bundles, each with the one before it.
 
-    Every bundle needs the report that resq-validate left beside it.
+    A bundle's report is the one that lies beside it, or that of --report which is of this very artifact.
     """
     from resq_deploy.runtime.compare import Subject
     from resq_deploy.runtime.compare import compare as compare_all
-    from resq_deploy.runtime.comparison_page import write_page
+    from resq_deploy.runtime.comparison_page import check_free, write_page
 
-    found = compare_all([Subject.of(path) for path in bundles])
+    if output is not None:
+        check_free(output, force=force)
+    found = compare_all([Subject.of(path, reports=reports) for path in bundles])
     if output is not None:
         write_page(found, output)
     if as_json:

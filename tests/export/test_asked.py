@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from resq_deploy.bundle import Bundle
 from resq_deploy.console import BAD_INPUT, run
+from resq_deploy.data import Dataset
 from resq_deploy.errors import AttackError, BackendError, DataError, ModelError, ResqError
 from resq_deploy.export import graph, on_device
 from resq_deploy.export.cli import export
 from resq_deploy.export.engine_options import EngineOptions
 from resq_deploy.export.pipeline import export_model
-from tests.helpers import checkpoint, dataset, save_npz
+from tests.helpers import SHAPE, checkpoint, dataset, images, save_npz
 
 FAST: dict[str, Any] = {"attacks": (), "adjust": False, "calib_samples": 32, "eval_samples": 24}
 RTX: dict[str, Any] = {"targets": ("tensorrt-rtx",)}
@@ -87,3 +92,23 @@ def test_a_bundle_whose_engine_cannot_be_built_is_there_without_it(
     )
     assert "is finished, but for its engines" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "m.pt", "m.resq"]
+
+
+def test_what_has_one_class_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "to_onnx", lambda *_, **__: pytest.fail("it was begun"))
+    x, y = images(96, 0)
+    data = Dataset.from_arrays("all", x, np.zeros_like(y), ("all",))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script: Any = torch.jit.script
+        torch.jit.save(script(network), tmp_path / "m.pt")
+    with pytest.raises(DataError, match="one class only: all") as caught:
+        export_model(tmp_path / "m.pt", calib=data, eval=data, input_shape=SHAPE, **FAST)
+    assert "two" in caught.value.hint
+
+
+def test_rules_that_no_engine_follows_are_told_before_what_is_missing(tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "m.pt")
+    with pytest.raises(ModelError, match="which no engine takes"):
+        export_model(tmp_path / "m.pt", **FAST, rules="onnxruntime", targets=("tensorrt",))

@@ -22,7 +22,9 @@ def test_a_network_that_guesses_may_want_other_pixels(
     )
     said = guesses(metrics, classes)
     assert (said is None) == silent
-    assert said is None or "--mean and --std" in said
+    assert said is None or "give --mean and --std" in said
+    told = guesses(metrics, classes, told=True)
+    assert told is None or ("look at --mean" in told and "give" not in told)
 
 
 @pytest.mark.parametrize(

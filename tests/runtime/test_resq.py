@@ -266,6 +266,41 @@ def test_compare(resq: Any, tmp_path: Path) -> None:
     assert resq("compare", paths[0]).status == 2
 
 
+def test_compare_reports_that_lie_elsewhere(resq: Any, tmp_path: Path) -> None:
+    paths, reports = [], []
+    for index, name in enumerate(("a", "b")):
+        opened = write_bundle(tmp_path / f"{name}.resq", count=12 + index)
+        report_beside(opened, index / 20)
+        away = tmp_path / "evidence" / name
+        away.parent.mkdir(exist_ok=True)
+        opened.path.with_suffix(".report").rename(away)
+        paths.append(opened.path)
+        reports += ["--report", away]
+    alone = resq("compare", *paths)
+    assert alone.status == 2
+    assert "a.report" in alone.err
+    assert "--report" in alone.err
+    assert resq("compare", *paths, *reports).status == 0
+    assert resq("compare", *paths, *reports[:2]).status == 2
+    assert resq("compare", *paths, "--report", tmp_path / "evidence").status == 2
+
+
+def test_compare_replaces_nothing_unasked(resq: Any, tmp_path: Path) -> None:
+    paths = []
+    for name in ("a", "b"):
+        opened = write_bundle(tmp_path / f"{name}.resq")
+        report_beside(opened, 0.0)
+        paths.append(opened.path)
+    page = tmp_path / "model.pt"
+    page.write_text("weights")
+    refused = resq("compare", *paths, "-o", page)
+    assert (refused.status, page.read_text()) == (2, "weights")
+    assert "--force" in refused.err
+    assert resq("compare", *paths, "-o", page, "--force").status == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert resq("compare", *paths, "-o", paths[0], "--force").status == 2
+
+
 def test_replay(resq: Any, tmp_path: Path) -> None:
     from resq_deploy.runtime.settings import Settings
     from resq_deploy.runtime.validate import validate_bundle
