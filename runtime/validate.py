@@ -141,8 +141,14 @@ class Validation:
         return self.runner.space if model.length is not None else self.space
 
     def check(self) -> None:
-        """Raise where a campaign could not be run: no such layer or bit, a margin out of reach, no such workers."""
+        """Raise where a campaign could not be run: no such layer or bit, a margin out of reach, no such workers.
+
+        And where it cannot be resumed: the journal is of another artifact, seed or way to run it.
+        """
         check_workers(self.workers)
+        if self.resume and self.folder is not None and (self.folder / JOURNAL).is_file():
+            with self._journal():
+                pass
         for job in self._jobs([self._few(self.sample)]):
             job.model.check(job.space)
             self._rule.limit(job)

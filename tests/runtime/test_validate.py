@@ -24,7 +24,7 @@ from resq_deploy.runtime.cli import command
 from resq_deploy.runtime.places import JOURNAL
 from resq_deploy.runtime.replay import replay_trial
 from resq_deploy.runtime.settings import Settings
-from resq_deploy.runtime.validate import validate_bundle
+from resq_deploy.runtime.validate import Validation, validate_bundle
 from resq_deploy.signing import generate_key
 from tests.bundles import write_bundle
 
@@ -76,8 +76,11 @@ def test_resuming_changes_no_figure_and_runs_nothing_twice(bundle: Bundle, tmp_p
     assert [c.execution["trials_run_now"] for c in resumed.campaigns] == [2, 2]
 
 
-def test_a_journal_of_another_seed_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_journal_of_another_seed_is_refused_before_anything_runs(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     validate_bundle(bundle, FEW, output=tmp_path / "r", workers=1)
+    monkeypatch.setattr(Validation, "golden", lambda _: pytest.fail("it ran"))
     with pytest.raises(CampaignError, match="seed"):
         validate_bundle(bundle, replace(FEW, seed=1), output=tmp_path / "r", workers=1, resume=True)
 
