@@ -99,7 +99,8 @@ class Subject:
 class Step:
     """From one bundle to the next. `against`: the threats that the stages it adds are for; `clean`: what it costs.
 
-    `both`: what it did under attacks that know the faults, at the highest rate that all bundles have; None: none has.
+    `attack`: None where a report has no attacks. `both`: what it did under attacks that know the faults, at the highest
+    rate that all bundles have; None: none has.
     """
 
     before: str
@@ -108,14 +109,25 @@ class Step:
     against: tuple[Threat, ...]
     clean: Change
     fault: Change
-    attack: Change
+    attack: Change | None = None
     both: Change | None = None
+
+    @property
+    def changes(self) -> dict[str, Change]:
+        """What it changed of what was measured, by threat."""
+        every = {
+            "clean": self.clean,
+            "faults": self.fault,
+            "attacks": self.attack,
+            "both": self.both,
+        }
+        return {threat: change for threat, change in every.items() if change is not None}
 
     @property
     def failed(self) -> bool:
         """Whether it lowered a figure that it was meant to raise: it then says nothing about hardening."""
-        own = {"faults": self.fault, "attacks": self.attack}
-        return any(own[threat].effect == "hurts" for threat in self.against)
+        own = self.changes
+        return any(own[t].effect == "hurts" for t in self.against if t in own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +135,23 @@ class Comparison:
     """The matrix: `rows` are bundles, `columns` the names of figures that any of them has.
 
     `fault_figure` and `attack_figure` are the ones that steps are judged by: the highest bit error rate, and the
-    worst case over attacks (else the attack that leaves least), among those that all bundles have.
+    worst case over attacks (else the attack that leaves least), among those that all bundles have; None: there is a
+    report without attacks, and faults alone are compared.
     """
 
     rows: tuple[Subject, ...]
     columns: tuple[str, ...]
     fault_figure: str
-    attack_figure: str
+    attack_figure: str | None
     steps: tuple[Step, ...]
     verdict: str
 
 
 def compare(subjects: Sequence[Subject]) -> Comparison:
-    """Put bundles beside each other. Raises CampaignError for fewer than two, or no figures in common."""
+    """Put bundles beside each other, under attacks too where all reports have them.
+
+    Raises CampaignError for fewer than two, or no figures in common.
+    """
     if len(subjects) < 2:
         raise CampaignError("a comparison needs at least two bundles", "resq compare A.resq B.resq")
     common = set.intersection(*(set(s.figures) for s in subjects))
@@ -197,7 +213,7 @@ def verdict(steps: Sequence[Step]) -> str:
         return "No bundle adds a stage of hardening to another's: what they differ by is all that is compared."
     single = [s for s in steps if len(s.against) == 1]
     sound = [s for s in single if not s.failed]
-    crossed = [s.attack for s in sound if s.against == ("faults",)]
+    crossed = [s.attack for s in sound if s.against == ("faults",) and s.attack is not None]
     back = [s.fault for s in sound if s.against == ("attacks",)]
     left_out = "".join(
         f" {s.before} -> {s.after} is left out: it lowered what it was meant to raise."
@@ -244,7 +260,9 @@ def _tally(what: str, which: str, changes: Sequence[Change]) -> str:
     return f"{what} {said} of {len(effects)} step{'s' * (len(effects) > 1)}."
 
 
-def _step(before: Subject, after: Subject, fault: str, attack: str, both: str | None) -> Step:
+def _step(
+    before: Subject, after: Subject, fault: str, attack: str | None, both: str | None
+) -> Step:
     added = tuple(s for s in after.stages if s not in before.stages)
     against = [t for t, stages in _AGAINST.items() if set(added) & stages]
     return Step(
@@ -254,7 +272,7 @@ def _step(before: Subject, after: Subject, fault: str, attack: str, both: str | 
         tuple(against),
         _change("accuracy", before, after),
         _change(fault, before, after),
-        _change(attack, before, after),
+        _change(attack, before, after) if attack else None,
         _change(both, before, after) if both else None,
     )
 
@@ -279,8 +297,14 @@ def _hardest_fault(names: Iterable[str]) -> str:
     return max(rates, key=_rate)
 
 
-def _hardest_attack(names: Iterable[str], subjects: Sequence[Subject]) -> str:
-    attacks = [n for n in names if n.startswith(_ATTACK) and n.count("@") == 1]
+def _attacks(names: Iterable[str]) -> list[str]:
+    return [n for n in names if n.startswith(_ATTACK) and n.count("@") == 1]
+
+
+def _hardest_attack(names: Iterable[str], subjects: Sequence[Subject]) -> str | None:
+    if not all(_attacks(s.figures) for s in subjects):
+        return None
+    attacks = _attacks(names)
     if not attacks:
         raise CampaignError(
             "these reports have no attack in common",

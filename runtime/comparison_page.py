@@ -55,7 +55,7 @@ def render(found: Comparison) -> str:
 
 def _verdict(found: Comparison) -> Safe:
     said = list(_told(found))
-    all_of = sum(len(_each(step)) for step in found.steps)
+    all_of = sum(len(step.changes) for step in found.steps)
     clear = f"{len(said)} of {all_of} differences are clear"
     return tag(
         "section",
@@ -71,7 +71,7 @@ def _verdict(found: Comparison) -> Safe:
 def _told(found: Comparison) -> Iterator[str]:
     """Every difference that is clear, in words."""
     for step in found.steps:
-        clear = [c for c in _each(step).values() if c.effect != "undecided"]
+        clear = [c for c in step.changes.values() if c.effect != "undecided"]
         for c in clear:
             ends = f"{signed(c.low)} to {signed(c.high)}"
             size = signed(abs(c.difference)).lstrip("+")
@@ -114,13 +114,13 @@ def _groups(lines: Iterable[Series], size: int) -> Iterator[list[Series]]:
 
 def _changes(found: Comparison) -> Safe:
     """Every step, with what it changed and how sure that is."""
-    every = [c for step in found.steps for c in _each(step).values()]
+    every = [c for step in found.steps for c in step.changes.values()]
     most = max((abs(end) for c in every for end in (c.low, c.high)), default=1.0)
     parts: list[Child] = []
     for step in found.steps:
         added = f"adds {'+'.join(step.added)}" if step.added else "adds no stage"
         name = f"{step.before} \u2192 {step.after}"
-        rows = [_change_row(found, step, threat, c, most) for threat, c in _each(step).items()]
+        rows = [_change_row(found, step, threat, c, most) for threat, c in step.changes.items()]
         head = (
             "Figure",
             step.before,
@@ -141,11 +141,6 @@ def _changes(found: Comparison) -> Safe:
         ),
         parts,
     )
-
-
-def _each(step: Step) -> dict[str, Change]:
-    every = {"clean": step.clean, "faults": step.fault, "attacks": step.attack}
-    return every | ({"both": step.both} if step.both else {})
 
 
 def _change_row(

@@ -198,15 +198,13 @@ def _step(step: Step) -> Iterable[Text]:
     added = "+".join(step.added) or "no stage"
     meant = f", against {' and '.join(step.against)}" if step.against else ""
     yield Text(f"{step.before} -> {step.after} (adds {added}{meant})", "bold")
-    every = (("clean", step.clean), ("faults", step.fault), ("attacks", step.attack))
-    changes = dict(every) | ({"both": step.both} if step.both else {})
-    for threat, change in changes.items():
+    for threat, change in step.changes.items():
         low, high = (signed(end) for end in (change.low, change.high))
         yield Text(
             f"  {threat:<8}{_figure(change):<25}{signed(change.difference):>6} points "
             f"({low} to {high}): {EFFECTS[change.effect]}"
         )
-    for line in textwrap.wrap(_paired(changes), _WIDTH - 2):
+    for line in textwrap.wrap(_paired(step.changes), _WIDTH - 2):
         yield Text(f"  {line}", "dim")
 
 

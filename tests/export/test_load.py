@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import sys
+import types
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -301,6 +303,19 @@ def test_outputs_that_are_no_logits(output: Any, message: str, tmp_path: Path) -
     torch.save(Sick(output), tmp_path / "m.pt")
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path / "m.pt", input_shape=SHAPE, trust_pickle=True)
+
+
+def test_a_class_of_the_script_that_saved_it_is_in_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = types.ModuleType("__main__")
+    script.Net = type("Net", (nn.Identity,), {"__module__": "__main__"})  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", script)
+        torch.save(script.Net(), tmp_path / "net.pt")
+    with pytest.raises(ModelError, match="'Net' on") as caught:
+        load_model(tmp_path / "net.pt", input_shape=SHAPE, trust_pickle=True)
+    assert "state_dict" in caught.value.hint
 
 
 def test_random_bytes_after_a_magic_never_do_more_than_refuse(tmp_path: Path) -> None:

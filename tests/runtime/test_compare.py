@@ -15,10 +15,12 @@ from numpy.random import default_rng
 from resq_deploy.bundle import Bundle
 from resq_deploy.errors import CampaignError
 from resq_deploy.paired import Spread
+from resq_deploy.report import words
 from resq_deploy.report.by_image import ByImage
 from resq_deploy.report.model import Figure
-from resq_deploy.runtime import evidence
+from resq_deploy.runtime import evidence, tables
 from resq_deploy.runtime.compare import Subject, compare, pairs, stages_of
+from resq_deploy.runtime.comparison_page import render
 from resq_deploy.runtime.differences import Change, change, difference, widened
 from resq_deploy.runtime.settings import Settings
 from resq_deploy.runtime.validate import validate_bundle
@@ -65,6 +67,19 @@ def test_the_hardest_common_figures_are_compared() -> None:
     assert found.attack_figure == "robust@worst,eps=8/255"
 
 
+def test_faults_alone_are_compared_where_a_report_has_no_attacks() -> None:
+    rows = [subject("", 0.5, 0.1), subject("I", 0.5, 0.5), subject("I+II", 0.8, 0.6)]
+    bare = {k: v for k, v in rows[1].figures.items() if k != ATTACK}
+    found = compare([rows[0], replace(rows[1], figures=bare), rows[2]])
+    assert (found.fault_figure, found.attack_figure) == (FAULT, None)
+    assert [list(step.changes) for step in found.steps] == 2 * [["clean", "faults"]]
+    assert not any(step.failed for step in found.steps)
+    assert "No step is hardening against faults alone" in found.verdict
+    assert tables.comparison_json(found)["steps"][0]["attack"] is None
+    assert words.short(ATTACK) in render(found)  # what the others have is in the table of figures
+    assert list(tables.compared(found))
+
+
 def test_a_step_counts_for_the_threat_it_hardens_against() -> None:
     rows = [subject("", 0.5, 0.1), subject("I", 0.5, 0.5), subject("I+II", 0.8, 0.6)]
     found = compare(rows)
@@ -72,7 +87,7 @@ def test_a_step_counts_for_the_threat_it_hardens_against() -> None:
         (("I",), ("attacks",)),
         (("II",), ("faults",)),
     ]
-    assert found.steps[0].attack.effect == "helps"
+    assert found.steps[0].changes["attacks"].effect == "helps"
     assert found.steps[0].fault.effect == "undecided"
     assert [row.label for row in found.rows] == ["plain", "I", "I+II"]
 
@@ -134,9 +149,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
     bare = Subject("bare", (), {"accuracy": figure(0.9)})
     with pytest.raises(CampaignError, match="no bit error rate in common"):
         compare([bare, subject("", 0.5, 0.1)])
-    faults = Subject("faults", (), {FAULT: figure(0.9)})
+    other = {"accuracy": figure(0.9), FAULT: figure(0.9), "robust@fgsm,eps=8/255": figure(0.9)}
     with pytest.raises(CampaignError, match="no attack in common"):
-        compare([faults, subject("", 0.5, 0.1)])
+        compare([Subject("other", (), other), subject("", 0.5, 0.1)])
 
 
 @given(a=st.integers(0, 200), b=st.integers(0, 200))
@@ -235,7 +250,8 @@ def test_the_same_images_are_compared_one_by_one() -> None:
     apart = compare(rows).steps
     together = compare([with_counts(row) for row in rows]).steps
     for step, before in zip(together, apart, strict=True):
-        for now, then in zip((step.fault, step.attack), (before.fault, before.attack), strict=True):
+        for threat in ("faults", "attacks"):
+            now, then = step.changes[threat], before.changes[threat]
             assert (now.paired_on, now.unpaired) == (1000, "")
             assert (then.paired_on, then.unpaired) == (None, "no counts by image")
             assert now.difference == pytest.approx(then.difference)
@@ -307,5 +323,5 @@ def test_what_may_help_as_much_is_no_asymmetry() -> None:
     rows = [subject("", 0.5, 0.50), subject("I", 0.53, 0.6), subject("I+II", 0.8, 0.66)]
     found = compare(rows)
     assert found.steps[0].fault.effect == "undecided"
-    assert found.steps[1].attack.effect == "helps"
+    assert found.steps[1].changes["attacks"].effect == "helps"
     assert "No asymmetry is shown" in found.verdict
