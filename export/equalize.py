@@ -270,9 +270,7 @@ def least_noise(
         loss = torch.stack([r.noise(log_r, share * span, flips) for r in readers]).sum()
         value = float(loss.detach())
         start = start or value
-        if (
-            not value > 0
-        ):  # nothing is read, or by weights that are all 0: there is nothing to weigh
+        if not value > 0:  # what is read, or what reads it, is all 0: there is nothing to weigh
             return np.ones(channels), np.zeros(channels), 0.0
         if value < least:
             best, least = (log_r.detach().clone(), share.detach().clone()), value

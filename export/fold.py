@@ -101,7 +101,7 @@ def plain_products(graph: onnx.GraphProto) -> None:
         for position, (tensor, factor) in enumerate(zip(held, factors, strict=False), 1):
             old = numpy_helper.to_array(tensor)
             value = old if factor == 1 else (old * factor).astype(old.dtype)
-            if position == 2 and old.size in (1, outputs) and old.size == max((1, *old.shape)):
+            if position == 2 and old.size in (1, outputs) and (1, *old.shape)[-1] == old.size:
                 value = np.broadcast_to(value.reshape(-1), (outputs,))
             if factor == 1 and value.shape == old.shape:
                 continue

@@ -114,7 +114,7 @@ def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.output[0] in values:
             continue
         q = node if node.op_type == _Q else next((coded[n] for n in node.input if n in coded), None)
-        if q is not None and node.op_type != _DQ:
+        if q is not None and node.op_type not in (_DQ, "Shape", "Size"):
             coded |= dict.fromkeys(node.output, q)
             if node is not q:
                 _meant(made.graph, node, q)

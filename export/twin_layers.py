@@ -63,13 +63,10 @@ def _transposed_pads(
         sizes, strides, kernel, extra, wanted[-len(kernel) :], strict=True
     ):
         total = stride * (size - 1) + more + width - out
-        small, large = max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
-        if total < 0:  # more is wanted than there is: zeros behind it
-            begin.append(0)
-            end.append(total)
-            continue
+        cut, lacking = max(total, 0), min(total, 0)  # what is wanted and not there is 0, at the end
+        small, large = cut // 2, cut - cut // 2
         begin.append(small if auto == "SAME_UPPER" else large)
-        end.append(large if auto == "SAME_UPPER" else small)
+        end.append((large if auto == "SAME_UPPER" else small) + lacking)
     return begin, end
 
 
