@@ -127,6 +127,7 @@ class _Steps:
             adversarial=(stage.attacked(),),
             unsigned=self.dialect.unsigned,
             threads=stage.threads,
+            reporter=stage.say,
         )
         return self._made(base, "equalized", Source(same, ranges)), {
             "groups": gains,

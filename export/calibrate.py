@@ -78,12 +78,13 @@ def calibrate(
     unsigned: bool = False,
     threads: int | None = None,
     reporter: Reporter | None = None,
+    count: int | None = None,
 ) -> dict[str, Range]:
     """Ranges of `tensors` of an FP32 graph over calibration images.
 
     `batches`, `adversarial`: float32 [B, C, H, W] in [0, 1], any B, each read once. `unsigned`: U8 codes
-    with zero points, not symmetric ones. `threads`: of ONNX Runtime. The same images give the same ranges
-    whatever the batch sizes, up to the last place of the runtime's own arithmetic.
+    with zero points, not symmetric ones. `threads`: of ONNX Runtime; `count`: images in `batches`, for progress. The
+    same images give the same ranges whatever the batch sizes, up to the last place of the runtime's own arithmetic.
     Raises DataError for no images or values that are not finite, ModelError for a tensor that the
     graph does not have.
     """
@@ -92,7 +93,7 @@ def calibrate(
     say = reporter or Reporter()
     probe = Probe(fp32, tensors, threads)
     judges = ranges.Judges(_JUDGES), ranges.Judges(_JUDGES)
-    clean = observe(probe, batches, say, "calibrating", judges[0])
+    clean = observe(probe, batches, say, "calibrating", judges[0], count)
     if not judges[0].seen:
         raise DataError("calibration got no images", "give at least one batch")
     title = "calibrating on adversarial images"
@@ -122,12 +123,13 @@ def _searched(
 ) -> dict[str, str]:
     """The method of each tensor that moves the logits least."""
     images, weights = ranges.drawn(judges)
+    give_back()
     return ranges.search(
         fp32,
         candidates,
         images,
         weights=weights,
-        price=lambda: rounding_divergence(fp32, candidates, images, weights),
+        price=lambda: rounding_divergence(fp32, candidates, images, weights, reporter=reporter),
         chunk=probe.chunk,
         threads=threads,
         reporter=reporter,
@@ -140,10 +142,13 @@ def observe(
     reporter: Reporter,
     title: str,
     judges: ranges.Judges | None = None,
+    count: int | None = None,
 ) -> dict[str, Histogram]:
-    """Histograms of every tensor of the probe over all batches; `judges` are drawn from them."""
+    """Histograms of every tensor of the probe over all batches; `judges` are drawn from them; `count`: of images."""
+    if count is None and isinstance(batches, Sequence):
+        count = sum(map(len, batches))
     found = {name: Histogram() for name in probe.tensors}
-    with reporter.task(title, None, "images") as task:
+    with reporter.task(title, count, "images") as task:
         for images in batches:
             start = 0
             for size, values in probe.run(images):

@@ -22,7 +22,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from resq_deploy.console import Reporter
 from resq_deploy.export.equalize import FLIP_POWER
+from resq_deploy.export.footprint import gradient_batch
 from resq_deploy.export.gradients import obstacle
 from resq_deploy.export.grid import Grid
 from resq_deploy.export.ranges import even
@@ -31,7 +33,8 @@ from resq_deploy.memory import fault_space
 
 Images = NDArray[np.float32]
 
-_AT_ONCE = 16  # images of which all activations are held
+_AT_ONCE = 16  # images of which all activations are held at most
+_HELD = 6  # times what a backward pass needs: values, their gradients, and errors of them
 
 
 def flip_divergence(
@@ -64,6 +67,7 @@ def rounding_divergence(
     weights: NDArray[np.float64] | None = None,
     *,
     seed: int = 0,
+    reporter: Reporter | None = None,
 ) -> dict[str, dict[str, float]]:
     """Tensor -> method -> the divergence in nats that rounding it to that grid, and nothing else, is expected to cost.
 
@@ -78,19 +82,23 @@ def rounding_divergence(
     weights = even(images) if weights is None else weights
     sums = {name: dict.fromkeys(candidates[name], 0.0) for name in names}
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, len(images), _AT_ONCE):
-        x = torch.from_numpy(images[start : start + _AT_ONCE]).requires_grad_(True)
-        share = torch.from_numpy(weights[start : start + _AT_ONCE])
-        values = twin.tensors(x, [*names, output])
-        log_p = values[output].log_softmax(1)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        inputs = {name: values[name] for name in names if values[name].requires_grad}
-        answers = log_p.gather(1, labels).sum()
-        found = torch.autograd.grad(answers, list(inputs.values()), materialize_grads=True)
-        for name, gradient in zip(inputs, found, strict=True):
-            value = values[name].detach()
-            for method, grid in candidates[name].items():
-                error = grid.rounded(value) - value
-                moved = (gradient * error).flatten(1).sum(1).double()
-                sums[name][method] += 0.5 * float(share @ moved.square())
+    size = min(max(gradient_batch(fp32) // _HELD, 1), _AT_ONCE)
+    with (reporter or Reporter()).task("pricing ranges", len(images), "images") as task:
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            x = torch.from_numpy(images[part]).requires_grad_(True)
+            share = torch.from_numpy(weights[part])
+            values = twin.tensors(x, [*names, output])
+            log_p = values[output].log_softmax(1)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            inputs = {name: values[name] for name in names if values[name].requires_grad}
+            answers = log_p.gather(1, labels).sum()
+            found = torch.autograd.grad(answers, list(inputs.values()), materialize_grads=True)
+            for name, gradient in zip(inputs, found, strict=True):
+                value = values[name].detach()
+                for method, grid in candidates[name].items():
+                    error = grid.rounded(value) - value
+                    moved = (gradient * error).flatten(1).sum(1).double()
+                    sums[name][method] += 0.5 * float(share @ moved.square())
+            task.advance(len(x))
     return sums

@@ -11,7 +11,7 @@ from resq_deploy.export.work import elements
 MIB = 2**20
 RUN_BYTES = 256 * MIB  # of activations that ONNX Runtime may hold at once
 GRADIENT_BYTES = (
-    1280 * MIB
+    768 * MIB
 )  # ... that a network with gradients may keep: counted so, of which it keeps some 80%
 RUN_BATCH = 256
 GRADIENT_BATCH = 128

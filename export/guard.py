@@ -25,6 +25,7 @@ from resq_deploy.bundle import Sample
 from resq_deploy.console import Reporter, Task
 from resq_deploy.export.craft import craft
 from resq_deploy.export.distill import draw
+from resq_deploy.export.footprint import gradient_batch
 from resq_deploy.export.mixtures import Doubt
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import FaultSpace
@@ -78,7 +79,7 @@ class Guard:
     """Held-out images with FP32's logits for them, and how to measure: `trials` at each of the `bers`.
 
     `shown`: images of one trial, which go round (None: all); `doubt`: mixtures of the images at which FP32 hesitates;
-    `part`: images that are attacked at once. Raises ValueError where trials leave images unseen.
+    `part`: images that are attacked at once, at most. Raises ValueError where trials leave images unseen.
     """
 
     images: Images
@@ -150,8 +151,16 @@ class Guard:
     def _attack(self, model: onnx.ModelProto) -> Images:
         count = min(self.attacked, len(self.images))
         sample = Sample(self.images[:count], top1(self.reference[:count]), np.arange(count))
+        size = min(self.part, gradient_batch(model))
         return craft(
-            Twin(model), sample, "pgd", self.eps, steps=self.steps, batch=self.part, seed=self.seed
+            Twin(model),
+            sample,
+            "pgd",
+            self.eps,
+            steps=self.steps,
+            batch=size,
+            seed=self.seed,
+            reporter=self.say,
         )
 
 

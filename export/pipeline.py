@@ -235,8 +235,9 @@ def _quantized(
     """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
     fp32 = dialect.prepared(loaded.to_onnx(opset))
     why = gradients.settle(fp32, loaded.input_shape, wanted, reporter)
-    plan, images = dialect.plan(fp32), samples.as_sample(drawn.calibration)
-    clean = samples.batches(drawn.calibration)
+    adjusts = design is not None and why is None
+    plan, clean = dialect.plan(fp32), samples.batches(drawn.calibration)
+    images = samples.as_sample(drawn.calibration, None if adjusts else CALIB_ATTACKED)
     size = footprint.gradient_batch(fp32)
     network = loaded.module if loaded.module is not None or why else Twin(fp32).eval()
     attacked = [] if network is None else _attacked(network, images, eps, size, seed, reporter)
@@ -247,6 +248,7 @@ def _quantized(
         adversarial=attacked,
         unsigned=dialect.unsigned,
         reporter=reporter,
+        count=len(drawn.calibration),
     )
     int8 = qdq.quantize_graph(fp32, ranges, dialect=dialect, where=plan)
     source = fp32

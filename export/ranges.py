@@ -11,10 +11,10 @@ on some calibration images: the first ones, and those in which some tensor is la
 most images may ruin the few that run out of it, and on heavy tails those few are most of the mean; so they are drawn
 on purpose, and weighed as what they are, one image each (stratified sampling).
 
-The start is the best single method for all tensors; where that is far off, it is for each tensor the one that gradients
-say costs least (fisher.py), if that is better. Then, tensor by tensor, another candidate is taken where it lowers the
-divergence: those with the widest choice come first, or those that cost most. Nothing is searched where the start is
-already as good as it matters.
+The start is the best single method for all tensors, and where that is already as good as it matters, it stays. Else it
+is for each tensor the one that gradients say costs least (fisher.py), if that is better. Then, tensor by tensor,
+another candidate is taken where it lowers the divergence. Those that cost most come first; where there are no
+gradients, those with the widest choice.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ Weights = NDArray[np.float64]
 Prices = Mapping[str, Mapping[str, float]]  # tensor -> method -> nats
 
 GOOD_ENOUGH = 5e-4  # nats: below, not one image in a thousand changes its top-1
-FAR = 3e-3  # nats: above, gradients say where to look; a few tensors of many do the harm then
-TRIES = 64  # runs of the sample after the uniform ones
+TRIES = 8  # runs of the sample after these starts: more only fit it
 _EACH = 2  # of them for one tensor, where prices say which are worth it
 _BETTER = 0.98  # of the divergence: what another candidate must reach
 _ALIKE = 1.03  # candidates whose scales are nearer than this are one
@@ -57,38 +56,48 @@ def search(
 
     `images`: float32 [B, C, H, W]; every try runs them once, `chunk` at a time; `weights`: what each of them
     stands for, float64 [B], 1 in sum (all alike by default). `price`: what each candidate is
-    expected to cost, asked for where the start is far off.
+    expected to cost, asked for where the start is not good enough.
     """
     if not candidates:
         return {}
     methods = list(next(iter(candidates.values())))
     rounded = {name: candidates[name][methods[0]].unsigned for name in candidates}
     trial = _Trial(fp32, rounded, images, chunk, threads, weights)
-    uniform = {m: trial.divergence({t: candidates[t][m] for t in candidates}) for m in methods}
+    say, uniform = reporter or Reporter(), dict[str, float]()
+    with say.task("one method for all ranges", len(methods), "methods") as task:
+        for method in methods:
+            uniform[method] = trial.divergence({t: candidates[t][method] for t in candidates})
+            task.advance(1)
     best = min(methods, key=lambda m: uniform[m])
     chosen, least = dict.fromkeys(candidates, best), uniform[best]
-    prices = price() if price is not None and least > FAR else {}
+    prices = price() if price is not None and least > GOOD_ENOUGH else {}
     if prices:
         cheapest = {t: min(methods, key=prices[t].__getitem__) for t in candidates}
         found = trial.divergence({t: candidates[t][m] for t, m in cheapest.items()})
         if found < least:
             chosen, least = cheapest, found
-    say, left = reporter or Reporter(), TRIES
+    if least <= GOOD_ENOUGH:
+        return chosen
     order = sorted(
         candidates,
         key=lambda t: -(prices[t][chosen[t]] if prices else _spread(candidates[t])),
     )
-    with say.task("choosing ranges", len(candidates), "tensors") as task:
-        for name in order:
-            others = _others(candidates[name], chosen[name]) if least > GOOD_ENOUGH else []
-            if prices:
-                others = sorted(others, key=prices[name].__getitem__)[:_EACH]
-            for method in others[:left]:
-                left -= 1
-                grids = {t: candidates[t][chosen[t]] for t in candidates}
-                found = trial.divergence(grids | {name: candidates[name][method]})
-                if found < least * _BETTER:
-                    chosen[name], least = method, found
+    planned = list[tuple[str, str]]()
+    for name in order:
+        others = _others(candidates[name], chosen[name])
+        if prices:
+            others = sorted(others, key=prices[name].__getitem__)[:_EACH]
+        planned += [(name, method) for method in others]
+    planned = planned[:TRIES]
+    with say.task("choosing ranges", len(planned), "tries") as task:
+        for done, (name, method) in enumerate(planned):
+            if least <= GOOD_ENOUGH:
+                task.advance(len(planned) - done)
+                break
+            grids = {t: candidates[t][chosen[t]] for t in candidates}
+            found = trial.divergence(grids | {name: candidates[name][method]})
+            if found < least * _BETTER:
+                chosen[name], least = method, found
             task.note(f"KL {least:.5f}")
             task.advance(1)
     return chosen
@@ -172,6 +181,7 @@ class _Trial:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = False  # it would keep the largest chunk of each session
         if threads is not None:
             options.intra_op_num_threads = threads
         plain, rounded = (

@@ -92,10 +92,11 @@ def batches(dataset: data.Dataset, size: int = 64) -> Iterator[NDArray[np.float3
         yield images
 
 
-def as_sample(dataset: data.Dataset) -> Sample:
-    """A whole data set in memory."""
-    images, labels = dataset.batch(np.arange(len(dataset)))
-    return Sample(images, labels, np.arange(len(dataset)))
+def as_sample(dataset: data.Dataset, count: int | None = None) -> Sample:
+    """The first `count` images of a data set (None: all) in memory."""
+    rows = np.arange(len(dataset))[:count]
+    images, labels = dataset.batch(rows)
+    return Sample(images, labels, rows)
 
 
 def _load(

@@ -22,6 +22,7 @@ from resq_deploy.export.craft import craft
 from resq_deploy.export.design import LEAST, Design
 from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.fisher import flip_divergence
+from resq_deploy.export.footprint import gradient_batch
 from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.heap import give_back
 from resq_deploy.export.mixtures import DRAWN, FEWEST, Doubt, Mixtures
@@ -53,7 +54,7 @@ _LEAST_SHOWN = 64  # images of a trial, however large the network
 _ATTACK = 30  # passes that attacking one image is worth: ten gradients
 _LEAST_ATTACKED = 16  # images, however large the network
 _HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
-_PART = 16  # ... so many images go through a network with gradients at once
+_PART = 16  # ... no more images go through a network with gradients at once
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
 
 
@@ -162,7 +163,7 @@ class Stage(Generic[T]):
         fewest, most = _STEPS
         taught = max(self.ber, _TAUGHT_BER)
         recipe = Recipe(
-            ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER, part=_PART if self.heavy else 64
+            ber=taught, clean=(taught / self.ber) ** _CLEAN_POWER, part=self._part(base.model, 64)
         )
         each = self.work * recipe.batch * _PASSES / _WORK
         recipe = replace(recipe, steps=min(int(self.design.effort / each), most))
@@ -190,11 +191,15 @@ class Stage(Generic[T]):
                 "pgd",
                 self.eps,
                 steps=5,
-                batch=_PART if self.heavy else 128,
+                batch=self._part(self.fp32, 128),
                 seed=self.seed,
                 reporter=self.say,
             )
         return self._adversarial
+
+    def _part(self, model: onnx.ModelProto, most: int) -> int:
+        """Images that go through this network with gradients at once."""
+        return min(_PART if self.heavy else most, gradient_batch(model))
 
     def _chosen(
         self, kept: list[Candidate[T]], steps: list[dict[str, Any]]

@@ -57,7 +57,7 @@ def test_batches_of_small_networks_are_the_usual_ones() -> None:
 def test_batches_of_large_images_are_small() -> None:
     model = steps(512)  # 16 MiB a float32 tensor
     assert footprint.run_batch(model) == 8
-    assert footprint.gradient_batch(model) == 1280 // 68
+    assert footprint.gradient_batch(model) == 768 // 68
     assert footprint.run_batch(steps(8192)) == footprint.gradient_batch(steps(8192)) == 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
+from resq_deploy.console import Reporter
 from resq_deploy.export import qdq, ranges, rules
 from resq_deploy.export.calibrate import Probe, calibrate
 from resq_deploy.export.fisher import rounding_divergence
@@ -126,7 +128,7 @@ def test_gradients_price_each_scale_of_each_tensor_by_what_it_costs_alone() -> N
         assert priced[name]["coarse"] == pytest.approx(measured["coarse"], rel=0.7)
 
 
-def test_prices_are_asked_for_only_where_the_start_is_far_off(
+def test_prices_are_asked_for_only_where_the_start_is_not_good_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ranges, "TRIES", 0)
@@ -145,8 +147,31 @@ def test_prices_are_asked_for_only_where_the_start_is_far_off(
     def never() -> dict[str, dict[str, float]]:
         raise AssertionError
 
-    monkeypatch.setattr(ranges, "FAR", np.inf)
+    monkeypatch.setattr(ranges, "GOOD_ENOUGH", np.inf)
     ranges.search(model, candidates, IMAGES, price=never, threads=1)
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_the_search_ends_after_so_many_tries(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    model, methods = nets.residual(), 3
+    good = calibrate(model, ["relu.out", "relu2.out"], [IMAGES], "minmax", threads=1)
+    candidates = {n: {str(k): Grid(r.scale * k) for k in (20, 30, 40)} for n, r in good.items()}
+    runs = []
+    once = ranges._Trial.divergence
+
+    def counted(self: ranges._Trial, grids: dict[str, Grid]) -> float:
+        runs.append(grids)
+        return once(self, grids)
+
+    monkeypatch.setattr(ranges._Trial, "divergence", counted)
+    monkeypatch.setattr(ranges, "TRIES", most)
+    monkeypatch.setattr(ranges, "GOOD_ENOUGH", -1.0)
+    said = StringIO()
+    reporter = Reporter(quiet=False, stream=said)
+    ranges.search(model, candidates, IMAGES, threads=1, reporter=reporter)
+    assert len(runs) == methods + most
+    assert f"one method for all ranges: {methods}/{methods} methods" in said.getvalue()
+    assert ("choosing ranges: 3/3 tries" in said.getvalue()) == bool(most)
 
 
 def test_a_graph_that_the_twin_cannot_run_has_no_prices() -> None:
