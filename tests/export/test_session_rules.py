@@ -202,7 +202,7 @@ def test_moved_tensors_keep_their_codes_whatever_ranges_are_best(seed: int, tmp_
 
 def test_pixels_that_nothing_normalizes_have_a_price_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the graph's input, which the twin must know by name."""
-    monkeypatch.setattr(ranges, "FAR", 0.0)
+    monkeypatch.setattr(ranges, "GOOD_ENOUGH", -1.0)
     where = ONNXRUNTIME.plan(nets.residual()).activations
     assert "input" in where
     found = calibrate(nets.residual(), where, [nets.images(48)], unsigned=True, threads=1)
