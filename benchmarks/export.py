@@ -7,32 +7,44 @@ On trained networks (Fashion-MNIST at 32x32): FP32; ours with and without stage 
 quantize_static (S8 QDQ per channel, MinMax and entropy); NNCF's PTQ; ModelOpt's, where nvidia-modelopt[onnx]
 is installed. A checkpoint is taken from
 --checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
-missing is trained, and kept there. Finished parts (accuracy, flips, attacks, other quantizers' files
-under flips) of each network are kept too, as long as they are about the same graphs, so an interrupted
-run goes on where it stopped (--fresh: measure again).
+missing is trained, and kept there. Finished parts (accuracy, flips, the design BER on all images, attacks,
+other quantizers' files under flips) of each network are kept too, as long as they are about the same
+graphs, so an interrupted run goes on where it stopped (--fresh: measure again).
 Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import export_parts as parts
 from export_material import Setup, checkpoint, material
 from export_page import above_peers, page, spread
-from export_parts import OTHERS, PARTS, Graphs, needs, wanted
+from export_parts import Graphs
+from export_rounds import at_design
 
 ARCHS = ("resnet8", "resnet18", "vgg16", "efficientnet_b0", "swin_t")
+PARTS = {
+    "accuracy": parts.accuracies,
+    "flips": parts.under_flips,
+    "rounds": at_design,
+    "attacks": parts.under_attack,
+    "peers": parts.peers_under_flips,
+    "modelopt": parts.modelopt,
+}
+OTHERS = frozenset({"peers", "modelopt"})  # parts without a graph of ours
 PGD = {"FP32": "pgd_fp32", "plain": "pgd_int8_plain", "int8": "pgd_int8"}
 
 
@@ -117,6 +129,32 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
     return merged
 
 
+def needs(part: str, setup: Setup) -> dict[str, Any]:
+    """What of the setup the figures of a part depend on, as JSON reads it back."""
+    flips = ("faulty", "trials", "rare")
+    own = {
+        "accuracy": (),
+        "flips": flips,
+        "rounds": ("faulty", "deep"),
+        "attacks": ("attacked",),
+        "peers": flips,
+        "modelopt": flips,
+    }
+    every = ("calibration", "test", "threads", "epochs", "seed", "data")
+    ours = () if part in OTHERS else ("design",)
+    given = asdict(setup)
+    found: dict[str, Any] = json.loads(
+        json.dumps({name: given[name] for name in (*every, *ours, *own[part])})
+    )
+    return found
+
+
+def wanted() -> list[str]:
+    """The parts that can be measured here: ModelOpt's only where it is installed."""
+    there = importlib.util.find_spec("modelopt") is not None
+    return [part for part in PARTS if part != "modelopt" or there]
+
+
 def graph_of(part: str, graphs: Graphs) -> str:
     """Which graph the figures of a part are about: ours, or the network."""
     return graphs.source if part in OTHERS else graphs.digest
@@ -158,6 +196,11 @@ def show(arch: str, f: dict[str, Any]) -> None:
         print(f"  {name} at {ber:g}: {spread(gained, 2)} points over plain")
     for name, ber, *share in f["recovered"]:
         print(f"  {name} at {ber:g}: {spread(share, 0)}% of the loss recovered")
+    r = f["rounds"]
+    share = f"{spread(r['recovered'], 0)}%" if r["recovered"] else "no share told"
+    print(
+        f"  on all test images at {r['ber']:g}: plain loses {spread(r['lost'], 2)}, {share} recovered"
+    )
     if "modelopt" in f:
         print(
             f"  ModelOpt: {100 * f['modelopt']:.2f}, agreement {100 * f['modelopt_agreement']:.2f}"

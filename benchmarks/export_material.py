@@ -30,6 +30,9 @@ class Setup:
     faulty: int = 1000
     trials: int = 30
     rare: float = 10  # times as many trials where flips are rare, at most
+    deep: int = (
+        200  # trials at the design BER, of as many images each, which go round all of `test`
+    )
     attacked: int = 1000
     few: int = 256  # as many under attack in a large network
     design: tuple[float, ...] = (1e-3, 1e-2)
@@ -40,7 +43,7 @@ class Setup:
 
     def quick(self) -> Setup:
         """A tenth of it, or less."""
-        return replace(self.large(), test=2000, faulty=256, attacked=128)
+        return replace(self.large(), test=2000, faulty=256, deep=30, attacked=128)
 
     def large(self) -> Setup:
         """Less of what is slow, for networks that take a second for what resnet8 does in ten milliseconds."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -74,25 +72,6 @@ def digest(models: Iterable[onnx.ModelProto]) -> str:
     for model in models:
         sha.update(model.SerializeToString(deterministic=True))
     return sha.hexdigest()[:12]
-
-
-def needs(part: str, setup: Setup) -> dict[str, Any]:
-    """What of the setup the figures of a part depend on, as JSON reads it back."""
-    flips = ("faulty", "trials", "rare")
-    own = {
-        "accuracy": (),
-        "flips": flips,
-        "attacks": ("attacked",),
-        "peers": flips,
-        "modelopt": flips,
-    }
-    every = ("calibration", "test", "threads", "epochs", "seed", "data")
-    ours = () if part in OTHERS else ("design",)
-    given = asdict(setup)
-    found: dict[str, Any] = json.loads(
-        json.dumps({name: given[name] for name in (*every, *ours, *own[part])})
-    )
-    return found
 
 
 def accuracies(graphs: Graphs) -> dict[str, Any]:
@@ -212,22 +191,6 @@ def modelopt(graphs: Graphs) -> dict[str, Any]:
             [name, ber, *interval(shares)] for (name, ber), shares in trials.items()
         ],
     }
-
-
-PARTS = {
-    "accuracy": accuracies,
-    "flips": under_flips,
-    "attacks": under_attack,
-    "peers": peers_under_flips,
-    "modelopt": modelopt,
-}
-OTHERS = frozenset({"peers", "modelopt"})  # parts without a graph of ours
-
-
-def wanted() -> list[str]:
-    """The parts that can be measured here: ModelOpt's only where it is installed."""
-    there = importlib.util.find_spec("modelopt") is not None
-    return [part for part in PARTS if part != "modelopt" or there]
 
 
 def run(model: onnx.ModelProto, images: Images, setup: Setup) -> NDArray[np.float32]:
