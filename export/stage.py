@@ -6,6 +6,7 @@ guard's measurements and the verdict are the same for both.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -55,6 +56,7 @@ _ATTACK = 30  # passes that attacking one image is worth: ten gradients
 _LEAST_ATTACKED = 16  # images, however large the network
 _HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
 _PART = 16  # ... no more images go through a network with gradients at once
+_LONG = 120.0  # seconds of one graph's measurements, above which it is said what all may take
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
 
 
@@ -131,8 +133,10 @@ class Stage(Generic[T]):
 
         A step of the name of the one before is a weaker one, for where that is refused.
         """
+        start = time.monotonic()
         plain = self.scored("plain", int8, made_of)
         self._tell(plain)
+        self._foretell(time.monotonic() - start, len(steps) + len(_SHARES))
         candidate, kept, told = plain, [plain], list[dict[str, Any]]()
         for name, step in steps:
             if told and told[-1]["step"] == name and told[-1]["kept"]:
@@ -148,6 +152,14 @@ class Stage(Generic[T]):
             if kept[-1] is part:
                 break
         return self._chosen(kept, told)
+
+    def _foretell(self, seconds: float, most: int) -> None:
+        """How long the rest may take, where that is long."""
+        if seconds >= _LONG:
+            self.say.log(
+                f"measuring a graph takes {seconds / 60:.0f} min here; up to {most} more are measured, "
+                f"{most * seconds / 3600:.1f} h (more cores are quicker; --no-adjust leaves stage III out)"
+            )
 
     def scored(self, name: str, model: onnx.ModelProto, made_of: T) -> Candidate[T]:
         """A graph with its scores."""

@@ -162,6 +162,7 @@ def test_progress_is_reported() -> None:
     text = stream.getvalue()
     assert "distilling: 30/30 steps" in text
     assert "stage III keeps:" in text
+    assert "measuring a graph takes" not in text
 
 
 def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +207,8 @@ def test_too_few_images_are_refused() -> None:
         adjust(int8, fp32, nets.images(15), ranges=ranges)
 
 
-def test_learning_is_left_out_where_too_few_steps_fit() -> None:
+def test_learning_is_left_out_where_too_few_steps_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_LONG", 0.0)
     fp32, int8, ranges = plain()
     stream = io.StringIO()
     design = Design(BER, effort=1e-6)
@@ -223,6 +225,7 @@ def test_learning_is_left_out_where_too_few_steps_fit() -> None:
     assert made.record.steps[3]["steps"] == 0
     assert "distillation is left out: " in stream.getvalue()
     assert "distilling" not in stream.getvalue()
+    assert stream.getvalue().count("measuring a graph takes 0 min here; up to 8 more") == 1
     said = [line for line in stream.getvalue().splitlines() if ": agreement " in line]
     assert len(said) == len(set(said))
 
