@@ -29,17 +29,12 @@ def located(path: Path, tensors: dict[str, Int8], **options: Any) -> tuple[bytes
 
 def int8_network(arch: str, path: Path) -> Path:
     """A network of the exporter's own, with random weights, as INT8 ONNX."""
-    import torch
-
-    from resq_deploy import networks
     from resq_deploy.export import graph, qdq, rules
     from resq_deploy.export.grid import Grid
     from tests.export.nets import Fixed
+    from tests.export.twins import whole
 
-    torch.manual_seed(0)
-    network = networks.build(arch, input_shape=(3, 32, 32), classes=10, args={}).eval()
-    whole = graph.Preprocessed(network, [0.5] * 3, [0.25] * 3).eval()
-    fp32 = graph.to_onnx(whole, (3, 32, 32), name=arch)
+    fp32 = graph.to_onnx(whole(arch, {}), (3, 32, 32), name=arch)
     plan = rules.plan(fp32)
     onnx.save(
         qdq.quantize_graph(fp32, dict.fromkeys(plan.activations, Fixed(Grid(0.05))), where=plan),

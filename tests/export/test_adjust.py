@@ -132,8 +132,13 @@ def test_the_ranges_that_come_back_are_those_in_the_graph(adjusted: Adjusted) ->
         assert float(values[f"{name}.scale"]) == pytest.approx(found.scale, rel=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bytes(adjusted: Adjusted) -> None:
-    again = run()
+def test_the_same_seed_gives_the_same_bytes_and_progress_changes_none(adjusted: Adjusted) -> None:
+    stream = io.StringIO()
+    again = run(reporter=Reporter(quiet=False, stream=stream))
+    said = stream.getvalue()
+    assert "distilling: 30/30 steps" in said
+    assert "stage III keeps:" in said
+    assert "measuring a graph takes" not in said
     assert again.model.SerializeToString(deterministic=True) == adjusted.model.SerializeToString(
         deterministic=True
     )
@@ -154,15 +159,6 @@ def test_half_scales_are_held_by_float16() -> None:
     for name, array in nets.arrays(made).items():
         if name.endswith(".scale"):
             np.testing.assert_array_equal(array.astype(np.float16).astype(np.float32), array)
-
-
-def test_progress_is_reported() -> None:
-    stream = io.StringIO()
-    run(reporter=Reporter(quiet=False, stream=stream))
-    text = stream.getvalue()
-    assert "distilling: 30/30 steps" in text
-    assert "stage III keeps:" in text
-    assert "measuring a graph takes" not in text
 
 
 def test_what_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {"attacks": ("fgsm",), "attack_samples": 8, "eval_sample
 
 @pytest.fixture(scope="module", autouse=True)
 def short() -> Iterator[None]:
-    with few_steps():
+    with few_steps(trials=True):
         yield
 
 
@@ -48,7 +48,8 @@ Made = tuple[onnx.ModelProto, onnx.ModelProto, Adjustment]
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     fp32 = nets.residual()
     file = peer_files.static(fp32, IMAGES, tmp_path_factory.mktemp("file"), request.param)
-    model, record = readjust(file, fp32, IMAGES, design=Design(BER), threads=1)
+    with few_steps():
+        model, record = readjust(file, fp32, IMAGES, design=Design(BER), threads=1)
     return file, model, record
 
 
@@ -276,7 +277,8 @@ def test_weights_that_cannot_be_written_anew_still_learn(tmp_path: Path) -> None
     old.opset_import[0].version = 11
     with pytest.raises(ModelError, match="opset 11"):
         adopt._check_opset(Path("odd.onnx"), old)
-    _, record = readjust(file, nets.residual(), IMAGES, design=Design(BER), threads=1)
+    with few_steps():
+        _, record = readjust(file, nets.residual(), IMAGES, design=Design(BER), threads=1)
     split, reconstruct, distill = record.steps[:3]
     assert (split["copies"], reconstruct["scales"]) == ({}, {})
     assert distill["steps"] == 30

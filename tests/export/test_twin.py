@@ -24,9 +24,8 @@ from resq_deploy.export.dialect import ONNXRUNTIME, Dialect
 from resq_deploy.export.twin import Twin
 from resq_deploy.faults import Fault, FaultSpace, flipped
 from resq_deploy.memory import fault_space
-from resq_deploy.networks import build
 from tests.export import nets
-from tests.export.twins import I64, artifact, logits_of, model_of, pair, run_ort
+from tests.export.twins import I64, artifact, logits_of, model_of, pair, run_ort, whole
 
 ARCHITECTURES = {
     "resnet8": {},
@@ -46,12 +45,7 @@ class Case:
 
 
 def make(arch: str, args: Mapping[str, Any]) -> Case:
-    torch.manual_seed(0)
-    network = build(arch, input_shape=(3, 32, 32), classes=10, args=args).train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.rand(16, 3, 32, 32))
-    module = graph.Preprocessed(network.eval(), [0.5] * 3, [0.25] * 3).eval()
+    module = whole(arch, args)
     fp32 = graph.to_onnx(module, (3, 32, 32), name=arch)
     images = np.random.default_rng(0).random((4, 3, 32, 32), dtype=np.float32)
     return Case(

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from resq_deploy import networks
+from resq_deploy.export import graph
+
 
 def run_ort(
     model: onnx.ModelProto, feed: Mapping[str, NDArray[Any]], names: Sequence[str]
@@ -40,6 +43,16 @@ def logits_of(twin: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float3
     with torch.no_grad():
         found: NDArray[np.float32] = twin(torch.from_numpy(images)).numpy()
     return found
+
+
+def whole(arch: str, args: Mapping[str, Any]) -> graph.Preprocessed:
+    """A network of the exporter's own for 3 x 32 x 32, with random weights and statistics of random images."""
+    torch.manual_seed(0)
+    network = networks.build(arch, input_shape=(3, 32, 32), classes=10, args=args).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.rand(16, 3, 32, 32))
+    return graph.Preprocessed(network.eval(), [0.5] * 3, [0.25] * 3).eval()
 
 
 I64 = np.int64
