@@ -104,6 +104,8 @@ def harden_model(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         here = stack.enter_context(world(chosen))
+        for sentence in asked.recipe.idle(stages) if here.leads else ():
+            quiet.warn(sentence)
         log = stack.enter_context(scalars(log_dir if here.leads else None))
         run = _Hardening(asked, train, test, here, quiet if here.leads else Reporter(), log)
         stack.enter_context(sound_kernels(run.model))

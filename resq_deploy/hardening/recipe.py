@@ -117,6 +117,16 @@ class Recipe:
         fault = replace(self.fault, phase=_length(self.fault.phase, two))
         return replace(self, plain=_length(self.plain, plain), attack=attack, fault=fault)
 
+    def idle(self, stages: str) -> list[str]:
+        """Changed settings of stages that will not run, in sentences. `stages`: as harden_model takes them."""
+        usual, said = Recipe(), []
+        first = self.attack.phase != usual.attack.phase and "1" not in stages
+        if first or (self.attack != usual.attack and stages == "none"):
+            said.append(f"settings of stage I are not used: stages {stages}")
+        if self.fault != usual.fault and "2" not in stages:
+            said.append(f"settings of stage II are not used: stages {stages}")
+        return said
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and texts, for the checkpoint."""
         return _plain(asdict(self))  # type: ignore[no-any-return]

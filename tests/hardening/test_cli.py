@@ -51,8 +51,12 @@ def test_it_trains_and_says_what_it_made(
 
 def test_quiet_says_nothing(tmp_path: Path, data: str, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "m.pt")
-    assert call("resnet8", "--data", data, "-o", out, "--stages", "none", "--quiet", *TINY) == OK
+    args = ["resnet8", "--data", data, "-o", out, "--quiet"]
+    assert call(*args, *TINY) == OK
     assert capfd.readouterr() == ("", "")
+    assert call(*args, "--stages", "1", "--force", *TINY) == OK
+    said = capfd.readouterr()
+    assert said == ("", "warning: settings of stage II are not used: stages 1\n")
 
 
 def bad_labels(folder: Path) -> list[str]:

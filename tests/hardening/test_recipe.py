@@ -30,6 +30,24 @@ def test_lengths_replace_the_least_number_of_steps() -> None:
     assert recipe.fault.phase.epochs == 2.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"attack.phase.epochs": 3}, {"none": "I", "1": "", "2": "I", "1+2": ""}),
+        ({"attack.eps": 0.1}, {"none": "I", "1": "", "2": "", "1+2": ""}),
+        ({"fault.ber": 0.02}, {"none": "II", "1": "II", "2": "", "1+2": ""}),
+        ({"plain.epochs": 3}, {"none": "", "1": "", "2": "", "1+2": ""}),
+    ],
+)
+def test_settings_of_stages_that_do_not_run_are_told(
+    settings: dict[str, Any], idle: dict[str, str]
+) -> None:
+    recipe = Recipe().override(settings)
+    for stages, stage in idle.items():
+        told = [f"settings of stage {stage} are not used: stages {stages}"] if stage else []
+        assert recipe.idle(stages) == told
+
+
 def test_a_recipe_can_be_written_down() -> None:
     assert json.loads(json.dumps(Recipe().as_dict())) == Recipe().as_dict()
 
