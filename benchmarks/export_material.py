@@ -30,9 +30,7 @@ class Setup:
     faulty: int = 1000
     trials: int = 30
     rare: float = 10  # times as many trials where flips are rare, at most
-    deep: int = (
-        200  # trials at the design BER, of as many images each, which go round all of `test`
-    )
+    deep: int = 2000  # trials at the design BER, whose images go round all of `test`
     attacked: int = 1000
     few: int = 256  # as many under attack in a large network
     design: tuple[float, ...] = (1e-3, 1e-2)
@@ -47,7 +45,7 @@ class Setup:
 
     def large(self) -> Setup:
         """Less of what is slow, for networks that take a second for what resnet8 does in ten milliseconds."""
-        return replace(self, rare=1, attacked=self.few, design=self.design[:1], epochs=1)
+        return replace(self, rare=1, deep=200, attacked=self.few, design=self.design[:1], epochs=1)
 
     def of(self, arch: str) -> Setup:
         """How much of it for this network."""
