@@ -138,7 +138,7 @@ def load(
     if shape is not None and dataset.shape != tuple(shape):
         raise DataError(
             f"{spec} has images of shape {_times(dataset.shape)}, not {_times(shape)}",
-            "choose data of the network's input shape",
+            "choose data of the network's input shape (resq-export, resq-harden: or another --input-shape)",
         )
     return dataset
 
