@@ -137,7 +137,7 @@ class _Steps:
     def split(self, base: Candidate[Source]) -> tuple[Candidate[Source], dict[str, Any]]:
         """Copies of the inputs of layers whose flips hurt most; ranges stay."""
         cost = self.stage.prices(base)
-        done = split(base.made_of.fp32, cost, self.stage.design.redundancy)
+        done = split(base.made_of.fp32, cost, self.stage.design.share(self.stage.work))
         told = split_told(done.copies, done.work, cost)
         if not done.copies:
             return base, told

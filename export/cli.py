@@ -150,8 +150,8 @@ class _Recorded(click.Command):
 @click.option(
     "--redundancy",
     type=click.FloatRange(0),
-    default=0.1,
-    show_default=True,
+    default=None,
+    show_default="0.1; 0.2 up to 25 million multiply-accumulates",
     help="Share of the network's work that stage III may add by splitting; 0: none.",
 )
 @click.option(

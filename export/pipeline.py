@@ -32,7 +32,7 @@ from resq_deploy.export.adjust import adjust as stage3
 from resq_deploy.export.adopt import adopt, check_engines
 from resq_deploy.export.calibrate import Range, calibrate
 from resq_deploy.export.craft import craft, white_box
-from resq_deploy.export.design import DESIGN_BER, EFFORT, REDUNDANCY, Design
+from resq_deploy.export.design import DESIGN_BER, EFFORT, Design
 from resq_deploy.export.dialect import Dialect, Rules
 from resq_deploy.export.engine_options import BATCH, EngineOptions, requests
 from resq_deploy.export.formats import path_of
@@ -79,7 +79,7 @@ def export_model(
     high_precision: HighPrecision = "fp32",
     design_ber: float = DESIGN_BER,
     adjust: bool | None = None,
-    redundancy: float = REDUNDANCY,
+    redundancy: float | None = None,
     effort: float = EFFORT,
     opset: int | None = None,
     trust_pickle: bool = False,

@@ -94,7 +94,7 @@ class _Steps:
             for name, layer in found.items()
         }
         can = {n: cost[n] for n, layer in found.items() if n in cost and coded.can_split(layer)}
-        budget = self.stage.design.redundancy * self.stage.work
+        budget = self.stage.design.share(self.stage.work) * self.stage.work
         copies = allocate(can, costs, budget, sum(cost.values()))
         if not copies:
             return base, split_told({}, 0.0, cost)

@@ -19,7 +19,6 @@ import onnx
 from onnx import helper, numpy_helper
 
 from resq_deploy.export import fold, rules
-from resq_deploy.export.design import REDUNDANCY
 from resq_deploy.export.work import ELEMENT, elements, multiplications, work_per_image
 
 MOST = 16  # copies
@@ -39,9 +38,7 @@ class Split:
     work: float
 
 
-def split(
-    fp32: onnx.ModelProto, divergence: Mapping[str, float], budget: float = REDUNDANCY
-) -> Split:
+def split(fp32: onnx.ModelProto, divergence: Mapping[str, float], budget: float) -> Split:
     """Split the layers of an FP32 graph where that saves most divergence (by weight, nats) for the work it adds.
 
     `budget`: the share of the network's work that may be added, 0 or more. Layers are Conv of one group, Gemm and

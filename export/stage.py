@@ -20,7 +20,7 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 from resq_deploy.export.calibrate import Probe
 from resq_deploy.export.craft import craft
-from resq_deploy.export.design import LEAST, Design
+from resq_deploy.export.design import LEAST, SMALL, Design
 from resq_deploy.export.distill import Recipe, between, distill
 from resq_deploy.export.fisher import flip_divergence
 from resq_deploy.export.footprint import gradient_batch
@@ -54,8 +54,7 @@ _JUDGED = 1e13  # ... and that each of a guard's three measures may take of one 
 _LEAST_SHOWN = 64  # images of a trial, however large the network
 _ATTACK = 30  # passes that attacking one image is worth: ten gradients
 _LEAST_ATTACKED = 16  # images, however large the network
-_HEAVY = 2.5e7  # multiply-accumulates per image: above, attacks are made for fewer images, and
-_PART = 16  # ... no more images go through a network with gradients at once
+_PART = 16  # images that go through a large network with gradients at once, at most
 _LONG = 120.0  # seconds of one graph's measurements, above which it is said what all may take
 _PASSES = 7  # of a forward's cost in one step: the teacher's, and forward and backward twice
 
@@ -103,7 +102,7 @@ class Stage(Generic[T]):
         kept = min(round(len(images) * _HELD_OUT), _MOST_HELD_OUT)
         self.learn, held_out = images[order[kept:]], images[order[:kept]]
         self.work = work_per_image(fp32)
-        self.heavy = self.work > _HEAVY
+        self.heavy = self.work > SMALL
         bers = tuple(
             sorted({self.ber, *(max(self.ber, min(k * self.ber, _TAUGHT_BER)) for k in (3, 10))})
         )

@@ -18,3 +18,8 @@ from resq_deploy.export.design import Design
 def test_an_impossible_design_is_refused(name: str, value: float) -> None:
     with pytest.raises(DataError, match=name if name != "ber" else "design BER"):
         Design(**{name: value})
+
+
+def test_a_small_network_may_be_split_more_unless_a_share_is_given() -> None:
+    assert Design().share(1e7) == 2 * Design().share(1e8) == 0.2
+    assert Design(redundancy=0.0).share(1e7) == Design(redundancy=0.0).share(1e8) == 0.0
