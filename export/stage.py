@@ -28,7 +28,7 @@ from resq_deploy.export.guard import Guard, Scores
 from resq_deploy.export.heap import give_back
 from resq_deploy.export.mixtures import DRAWN, FEWEST, Doubt, Mixtures
 from resq_deploy.export.twin import Twin
-from resq_deploy.export.verdict import gains, objections, worthwhile
+from resq_deploy.export.verdict import balance, gains, objections, worthwhile
 from resq_deploy.export.work import work_per_image
 from resq_deploy.manifest import Adjustment
 from resq_deploy.metrics import top1
@@ -49,7 +49,8 @@ _TAUGHT_BER = (
     1e-2  # the least that the flipped pass is taught at: rarer flips teach next to nothing
 )
 _CLEAN_POWER = 1.0  # weight of the golden pass: (taught BER / design BER) ** this
-_SHARES = (0.75, 0.5, 0.25)  # of the learned change, tried in turn where all of it loses something
+_HALF = 0.5  # of the learned change, tried beside all of it; then
+_LESS, _MOST = 0.25, 0.75  # ... less than that or more, by which of the two is better
 _JUDGED = 1e13  # ... and that each of a guard's three measures may take of one graph
 _LEAST_SHOWN = 64  # images of a trial, however large the network
 _ATTACK = 30  # passes that attacking one image is worth: ten gradients
@@ -130,27 +131,56 @@ class Stage(Generic[T]):
     ) -> tuple[Candidate[T], Adjustment]:
         """All steps, of which the last learns; the best graph of `int8` and what came of it, and the record.
 
-        A step of the name of the one before is a weaker one, for where that is refused.
+        A step of the name of the one before is a weaker one, for where that is refused. Of what was learned as large
+        a share is kept as is worth most.
         """
+        *others, (last, learn) = steps
         start = time.monotonic()
         plain = self.scored("plain", int8, made_of)
         self._tell(plain)
-        self._foretell(time.monotonic() - start, len(steps) + len(_SHARES))
+        self._foretell(time.monotonic() - start, len(steps) + 2)
         candidate, kept, told = plain, [plain], list[dict[str, Any]]()
-        for name, step in steps:
+        for name, step in others:
             if told and told[-1]["step"] == name and told[-1]["kept"]:
                 continue
             base = kept[-1]
             give_back()
             candidate, found = step(base)
             told.append({"step": name, **found} | self._judge(candidate, kept))
-        for share in _SHARES if kept[-1] is not candidate else ():
-            model = between(base.model, candidate.model, share)
-            part = self.scored(weaker(candidate.name, share), model, base.made_of)
-            told.append({"step": "back off", "share": share} | self._judge(part, kept))
-            if kept[-1] is part:
-                break
+            if told[-1]["kept"] and candidate is not base:
+                kept.append(candidate)
+        give_back()
+        whole, found = learn(kept[-1])
+        told.append({"step": last, **found} | self._judge(whole, kept))
+        if whole is not kept[-1]:
+            self._back_off(whole, kept, told)
         return self._chosen(kept, told)
+
+    def _back_off(
+        self, whole: Candidate[T], kept: list[Candidate[T]], told: list[dict[str, Any]]
+    ) -> None:
+        """Shares of what the last step changed; of those that lose nothing, the one of the best balance is kept."""
+        base, tried = kept[-1], [(whole, told[-1])]
+
+        def part(share: float) -> None:
+            model = between(base.model, whole.model, share)
+            made = self.scored(weaker(whole.name, share), model, base.made_of)
+            told.append({"step": "back off", "share": share} | self._judge(made, kept))
+            tried.append((made, told[-1]))
+
+        part(_HALF)
+        half, said = tried[-1]
+        less = not said["kept"] or balance(half.scores) > balance(whole.scores)
+        part(_LESS if less else _MOST)
+        fine = [candidate for candidate, said in tried if said["kept"]]
+        best = max(fine, key=lambda candidate: balance(candidate.scores), default=base)
+        for candidate, said in tried:
+            said["balance"] = round(balance(candidate.scores), 5)
+            if said["kept"] and candidate is not best:
+                found = f"balance {balance(best.scores):.4f} -> {balance(candidate.scores):.4f}"
+                said |= {"kept": False, "loses": [found]}
+        if best is not base:
+            kept.append(best)
 
     def _foretell(self, seconds: float, most: int) -> None:
         """How long the rest may take, where that is long."""
@@ -251,14 +281,12 @@ class Stage(Generic[T]):
             return logits_of(self.fp32, seen(), self.threads)
 
     def _judge(self, candidate: Candidate[T], kept: list[Candidate[T]]) -> dict[str, Any]:
-        """What the manifest says of a step; joins what is kept, unless it loses something or is nothing new."""
+        """What the manifest says of a step, which may be kept unless it loses something."""
         summary = candidate.scores.summary()
         if candidate is kept[-1]:
             return {"kept": True, "loses": [], "measured": summary}
         against = objections(candidate.scores, [other.scores for other in kept])
         self._tell(candidate, against)
-        if not against:
-            kept.append(candidate)
         return {"kept": not against, "loses": against, "measured": summary}
 
     def _tell(self, candidate: Candidate[T], against: Sequence[str] = ()) -> None:

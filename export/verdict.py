@@ -57,6 +57,11 @@ def objections(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
     return found
 
 
+def balance(scores: Scores) -> float:
+    """What graphs of one step are compared by: a point of worth at the design BER for a point of agreement."""
+    return float(scores.worth[0].mean()) - scores.disagreement / HARDER
+
+
 def gains(candidate: Scores, other: Scores) -> bool:
     """Whether a candidate is clearly worth more under flips than another."""
     mean, error = _change(candidate, other, range(len(other.faulty)))

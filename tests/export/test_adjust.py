@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -221,7 +221,7 @@ def test_learning_is_left_out_where_too_few_steps_fit(monkeypatch: pytest.Monkey
     assert made.record.steps[3]["steps"] == 0
     assert "distillation is left out: " in stream.getvalue()
     assert "distilling" not in stream.getvalue()
-    assert stream.getvalue().count("measuring a graph takes 0 min here; up to 8 more") == 1
+    assert stream.getvalue().count("measuring a graph takes 0 min here; up to 7 more") == 1
     said = [line for line in stream.getvalue().splitlines() if ": agreement " in line]
     assert len(said) == len(set(said))
 
@@ -307,17 +307,44 @@ def test_weights_are_reconstructed_less_where_that_loses(monkeypatch: pytest.Mon
     assert [s["step"] for s in made.record.steps][:5] == [*STEPS[:3], "reconstruct", "distill"]
 
 
-def test_shares_of_what_was_learned_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("balances", "refused", "shares", "kept"),
+    [
+        ({1.0: 0.9, 0.5: 0.8, 0.75: 0.7}, (), (0.5, 0.75), 1.0),
+        ({1.0: 0.8, 0.5: 0.9, 0.25: 0.7}, (), (0.5, 0.25), 0.5),
+        ({1.0: 0.8, 0.5: 0.7, 0.75: 0.9}, (), (0.5, 0.75), 0.75),
+        ({1.0: 0.9, 0.5: 0.8, 0.75: 0.7}, (1.0,), (0.5, 0.75), 0.5),
+        ({1.0: 0.9, 0.5: 0.8, 0.25: 0.7}, (1.0, 0.5), (0.5, 0.25), 0.25),
+        ({1.0: 0.9, 0.5: 0.8, 0.25: 0.7}, (1.0, 0.5, 0.25), (0.5, 0.25), None),
+    ],
+)
+def test_of_what_was_learned_the_share_of_the_best_balance_is_kept(
+    balances: Mapping[float, float],
+    refused: tuple[float, ...],
+    shares: tuple[float, float],
+    kept: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fp32, int8, ranges = plain()
-    judged = verdict.objections
+    order = [1.0, *shares]
+    found: dict[int, float] = {}  # share of the learned change by its scores
 
-    def half_at_most(candidate: Scores, kept: Sequence[Scores]) -> list[str]:
+    def some_lose(candidate: Scores, before: Sequence[Scores]) -> list[str]:
         asked.append(candidate)
-        return ["too much"] if len(asked) in (4, 5) else judged(candidate, kept)
+        if len(asked) <= 3:  # the steps before
+            return []
+        found[id(candidate)] = order[len(asked) - 4]
+        return ["too much"] if found[id(candidate)] in refused else []
 
     asked: list[Scores] = []
-    monkeypatch.setattr(stage, "objections", half_at_most)
-    made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER), threads=1)
-    backed = [s for s in made.record.steps if s["step"] == "back off"]
-    assert [(s["share"], s["kept"]) for s in backed] == [(0.75, False), (0.5, True)]
-    assert not made.record.measured["kept"].endswith(("distilled", "distilled x 0.75"))
+    monkeypatch.setattr(stage, "objections", some_lose)
+    monkeypatch.setattr(stage, "balance", lambda scores: balances[found[id(scores)]])
+    with few_steps():
+        made = adjust(int8, fp32, IMAGES, ranges=ranges, design=Design(BER), threads=1)
+    whole, *backed = (s for s in made.record.steps if s["step"] in ("distill", "back off"))
+    assert tuple(s["share"] for s in backed) == shares
+    assert {s.get("share", 1.0): s["balance"] for s in (whole, *backed)} == balances
+    assert [s.get("share", 1.0) for s in (whole, *backed) if s["kept"]] == [kept][
+        : kept is not None
+    ]
+    assert all(s["loses"] for s in (whole, *backed) if not s["kept"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resq_deploy.export.guard import Scores
-from resq_deploy.export.verdict import gains, objections, worthwhile
+from resq_deploy.export.verdict import balance, gains, objections, worthwhile
 
 
 def scores(
@@ -113,3 +113,10 @@ def test_a_step_that_only_moves_answers_about_gains_nothing() -> None:
     assert not gains(moved, before)
     assert not gains(before, before)
     assert gains(replace(before, faulty=before.faulty + 0.01), before)
+
+
+def test_a_point_of_agreement_weighs_as_much_as_one_at_the_design_ber() -> None:
+    better, agreeing = scores(faulty=0.81, differ=0.04), scores(faulty=0.80, differ=0.01)
+    assert balance(better) == pytest.approx(balance(agreeing))
+    later = replace(agreeing, worth=agreeing.worth + np.array([[0.0], [0.1]]))
+    assert balance(later) == balance(agreeing)
