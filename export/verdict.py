@@ -16,7 +16,7 @@ from resq_deploy.export.guard import Scores, Values
 
 LOST = 0.003  # what an adjusted graph may lose clean or attacked
 AGREEMENT = 0.99  # with FP32, that an adjusted graph should keep
-HARDER = 3.0  # times as many mixtures as images lie near a decision: 2.2 to 5.7 times were found, 3.8 in the middle
+HARDER = 3.0  # times as many mixtures as images lie near a decision: 1.8 to 5.7 times were found, 3.8 in the middle
 WORSE = 1.05  # times the disagreement of the best so far, that may be where that is below AGREEMENT already
 PRICE = 2.0  # points under flips at the design BER, that a point of agreement below must buy
 LEAST = 0.003  # that plain INT8 must lose under flips before anything replaces it
