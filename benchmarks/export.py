@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--design", type=float, nargs="+", help="design BERs, the default first")
     parser.add_argument("--attacked", type=int, help="images under attack, in large networks too")
+    parser.add_argument("--deep", type=int, help="trials at the design BER, where none are kept")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
@@ -76,7 +77,10 @@ def main() -> None:
     results = (given.results or folder / "export-benchmark").expanduser()
     results.mkdir(parents=True, exist_ok=True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {setup}\n")
-    found = {arch: kept(arch, folder, results, setup.of(arch), given.fresh) for arch in given.arch}
+    setups = {arch: setup.of(arch) for arch in given.arch}
+    if given.deep:
+        setups = {arch: replace(own, deep=given.deep) for arch, own in setups.items()}
+    found = {arch: kept(arch, folder, results, setups[arch], given.fresh) for arch in given.arch}
     timed: dict[str, Any] = {}
     if not given.no_speed:
         from export_speed import speed
@@ -135,7 +139,7 @@ def needs(part: str, setup: Setup) -> dict[str, Any]:
     own = {
         "accuracy": (),
         "flips": flips,
-        "rounds": ("faulty", "deep"),
+        "rounds": ("faulty",),  # how many trials is said beside them
         "attacks": ("attacked",),
         "peers": flips,
         "modelopt": flips,

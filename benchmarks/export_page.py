@@ -147,16 +147,22 @@ def round_lines(found: Mapping[str, Figures]) -> list[str]:
     lines = [
         "A loss of a tenth of a point is one of 1,000 images. Here the images of a trial go round all test images: its",
         "accuracy is that of all of them without flips, plus the change that its flips make on its own. Points lost",
-        "to FP32; share of them that stage III takes back (Fieller's interval; none where no loss can be told from 0).",
+        "to FP32; share of them that stage III takes back (Fieller's interval; none where no loss can be told from 0);",
+        "and what flips alone take, from the accuracy that the same graph has without them.",
         "",
-        "| | BER | trials x images | plain loses | with stage III | gained | of the loss |",
-        "| --- " * 7 + "|",
+        "| | BER | trials x images | plain loses | with stage III | gained | of the loss | flips alone |",
+        "| --- " * 8 + "|",
     ]
     for arch, f in found.items():
         r = f["rounds"]
         lost = [spread(r[name], 2) for name in ("lost", "lost_with_stage_iii", "gained")]
         share = f"{spread(r['recovered'], 0)}%" if r["recovered"] else ""
-        cells = [arch, f"{r['ber']:g}", f"{r['trials']} x {r['images']:,}", *lost, share]
+        alone = [
+            100 * (r[name][0] - f["fp32"] + f[own])
+            for name, own in (("lost", "int8_plain"), ("lost_with_stage_iii", "int8"))
+        ]
+        trials = f"{r['trials']} x {r['images']:,}"
+        cells = [arch, f"{r['ber']:g}", trials, *lost, share, "{:.2f}, {:.2f}".format(*alone)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
