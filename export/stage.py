@@ -217,6 +217,8 @@ class Stage(Generic[T]):
             base.model, self.teacher, images, recipe, seed=self.seed, reporter=self.say
         )
         told = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
+        if model is base.model:  # it strayed at every rate
+            return base, told
         return self.scored(after(base, "distilled"), model, base.made_of), told
 
     def attacked(self) -> Images:

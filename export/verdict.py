@@ -85,12 +85,15 @@ def _change(after: Scores, before: Scores, rows: Sequence[int]) -> tuple[float, 
 
 
 def _scatter(after: Scores, before: Scores, rows: Sequence[int]) -> float:
-    """Standard error of that change from one draw of flips to another; 0 where both graphs met the same flips."""
+    """Standard error of that change from one draw of flips to another; 0 where both graphs met the same flips.
+
+    A trial draws by the same seed at every rate, and the flips of a lower one are among those of a higher: trials are
+    independent, its rates are not.
+    """
     if after.bits == before.bits:
         return 0.0
-    worths = [scores.worth[rows] for scores in (after, before)]
-    shares = sum(float((w.var(axis=1, ddof=1) / w.shape[1]).sum()) for w in worths)
-    return math.sqrt(shares) / len(rows)
+    worths = [scores.worth[rows].mean(axis=0) for scores in (after, before)]
+    return math.sqrt(sum(float(w.var(ddof=1)) / w.size for w in worths))
 
 
 def _paired(after: Values, before: Values) -> tuple[float, float]:

@@ -197,6 +197,17 @@ def test_a_rate_that_strays_is_halved() -> None:
     assert guard().measure(made).clean.mean() > 0.95
 
 
+def test_what_strayed_at_every_rate_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        stage, "distill", lambda int8, _teacher, _images, recipe, **_: (int8, recipe)
+    )
+    stream = io.StringIO()
+    made = run(reporter=Reporter(quiet=False, stream=stream))
+    last = made.record.steps[-1]
+    assert (last["step"], last["kept"], last["loses"]) == ("distill", True, [])
+    assert "distilled" not in stream.getvalue()
+
+
 def test_too_few_images_are_refused() -> None:
     fp32, int8, ranges = plain()
     with pytest.raises(DataError, match="15 calibration images"):

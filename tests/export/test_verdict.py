@@ -24,7 +24,7 @@ def scores(
         agreement=0.995,
         disagreement=differ,
         faulty=faulty * np.ones((2, 400)),
-        worth=faulty + np.array([[-0.1, 0.1, -0.1, 0.1], [0.1, -0.1, 0.1, -0.1]]),
+        worth=faulty + np.array([[-0.1, 0.1, -0.1, 0.1]] * 2),
         bits=bits,
         trials=faulty * np.ones(8),
         divergence=0.1,
@@ -86,7 +86,15 @@ def test_other_flips_are_another_chance() -> None:
     )  # it met the same flips as the split graph
     assert gains(better, plain)
     assert not gains(replace(better, bits=16), plain)
-    assert gains(scores(faulty=0.9, bits=16), plain)
+    assert gains(scores(faulty=0.94, bits=16), plain)
+
+
+def test_a_trial_meets_the_flips_of_a_lower_rate_again_at_a_higher_one() -> None:
+    """So what a trial is worth at one rate says what it is worth at the next, and more rates are not more draws."""
+    plain, better = scores(), scores(faulty=0.92, bits=16)
+    assert not gains(better, plain)
+    apart = np.array([[-0.1, 0.1, -0.1, 0.1], [0.1, -0.1, 0.1, -0.1]])
+    assert gains(*(replace(s, worth=s.worth.mean() + apart) for s in (better, plain)))
 
 
 def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
