@@ -161,7 +161,7 @@ class _Recorded(click.Command):
     show_default=True,
     help="Of stage III's learning; 1: some minutes on two cores, 0: none.",
 )
-@click.option("--opset", type=int, help="17 to 21; default 20.")
+@click.option("--opset", type=int, help="17 to 21; default 20, or what an ONNX file has.")
 @click.option("--trust-pickle", is_flag=True, help="Unpickle MODEL: runs the code in it.")
 @click.option(
     "--attack",
@@ -258,6 +258,12 @@ def show(bundle: Bundle) -> None:
     table.add_row(f"same top-1 as {metrics.exact}", "", f"{metrics.agreement:.2%}")
     for name, decibel in metrics.sqnr_db.items():
         table.add_row(f"SQNR of {name}", "", f"{decibel:.1f} dB")
+    faulty = [
+        manifest.adjustment.measured.get(key, {}).get("faulty") for key in ("plain", "adjusted")
+    ]
+    if manifest.adjustment.applied and None not in faulty:
+        table.add_row(f"worth under flips, {_bers(bundle)}", "", f"{faulty[1]:.2%}")
+        table.add_row("... without stage III", "", f"{faulty[0]:.2%}")
     for name, attack in manifest.attacks.items():
         rates = [_rate(attack.transfer.get(key)) for key in ("fp32", "int8")]
         table.add_row(f"{name} succeeds (eps {attack.eps * 255:.3g}/255)", *rates)
@@ -269,6 +275,11 @@ def show(bundle: Bundle) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
     console.print(_stays_float(bundle))
+
+
+def _bers(bundle: Bundle) -> str:
+    bers = bundle.manifest.adjustment.measured.get("bers", ())
+    return f"BER {min(bers):g} to {max(bers):g}" if bers else "BER"
 
 
 def _rate(share: float | None) -> str:

@@ -32,6 +32,8 @@ _PACKAGES = frozenset(
 LEAST_AGREEMENT = 0.97  # of INT8 with FP32, below which an export says so
 MOST_LOST = 0.02  # of accuracy
 GUESS = 0.1  # of the way from chance to always right
+UNTOLD = 0.3  # ... where nobody said how pixels are normalized: forgetting it costs less than all
+FLAT = 15.0  # dB, below which a few outliers take a tensor's range
 _REFERENCES: Mapping[Reference, str] = {
     "fp32": "FP32",
     "dequantized": "its own weights in float arithmetic",
@@ -53,22 +55,23 @@ def compare(
     )
 
 
-def guesses(metrics: Metrics, classes: int, *, told: bool = False) -> str | None:
+def guesses(
+    metrics: Metrics, classes: int, *, told: bool = False, known: bool = False
+) -> str | None:
     """What to say where the network itself answers hardly better than chance on the held-out images; else None.
 
-    `told`: whether the user said how pixels are normalized.
+    `told`: whether the user said how pixels are normalized; `known`: whether the network's file does.
     """
     chance = 1 / classes
-    if metrics.fp32_accuracy >= chance + GUESS * (1 - chance):
+    least = GUESS if told or known else UNTOLD
+    if metrics.fp32_accuracy >= chance + least * (1 - chance):
         return None
+    causes = ["if it wants normalized pixels, give --mean and --std"]
+    causes = ["look at --mean and --std"] if told else [] if known else causes
+    causes += ["look at the order of the classes" + " too" * bool(causes)]
     return (
         f"the network is right on {metrics.fp32_accuracy:.1%} of the held-out images, of {classes} classes:"
-        + (
-            " look at --mean and --std"
-            if told
-            else " if it wants normalized pixels, give --mean and --std"
-        )
-        + "; look at the order of the classes too"
+        f" {'; '.join(causes)}"
     )
 
 
@@ -78,17 +81,18 @@ def doubts(metrics: Metrics, ranges: Mapping[str, Mapping[str, Any]]) -> str | N
     if metrics.agreement >= LEAST_AGREEMENT and lost <= MOST_LOST:
         return None
     said = (
-        f"INT8 agrees with {_REFERENCES[metrics.reference]} on {metrics.agreement:.1%} of the held-out images and loses"
-        f" {100 * lost:.1f} points of accuracy"
+        f"INT8 agrees with {_REFERENCES[metrics.reference]} on {metrics.agreement:.1%} of the held-out images"
+        + (f" and loses {100 * lost:.1f} points of accuracy" if lost >= 0.001 else "")
     )
     known = [(name, span["sqnr_db"]) for name, span in ranges.items() if "sqnr_db" in span]
     if not known:
         return f"{said}. It takes pixels in [0, 1] here: if it wants others, give --mean and --std"
     worst = sorted(known, key=lambda item: float(item[1]))[:3]
     named = ", ".join(f"{name} ({decibel:.1f} dB)" for name, decibel in worst)
-    return (
-        f"{said}; activations that INT8 holds worst: {named}."
-        " Below about 15 dB a few outliers take the whole range: look at how the network was trained"
+    return f"{said}; activations that INT8 holds worst on the calibration images: {named}. " + (
+        f"Below about {FLAT:g} dB a few outliers take the whole range: look at how the network was trained"
+        if float(worst[0][1]) < FLAT
+        else "That is not bad, if they look like the images that the network will see: look at --calib"
     )
 
 

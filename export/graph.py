@@ -200,6 +200,7 @@ def run(
 
 def _exported(module: nn.Module, shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
     import onnx_ir as ir
+    import onnxscript  # noqa: F401  torch says only that the network cannot be exported without it
 
     example = torch.linspace(0, 1, 2 * int(np.prod(shape))).reshape(2, *shape)
     batch = torch.export.Dim("batch", min=1, max=2**20)

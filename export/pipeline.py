@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from resq_deploy.export.samples import Drawn, Source
 from resq_deploy.export.twin import Twin
 from resq_deploy.export.writing import Made
 from resq_deploy.manifest import Adjustment
+from resq_deploy.metrics import top1
 
 Shape = tuple[int, int, int]
 Images = NDArray[np.float32]
@@ -190,7 +192,12 @@ def export_model(
         )
     metrics = describe.compare(made.fp32, made.deployed, drawn.held_out, made.reference)
     for said in (
-        describe.guesses(metrics, len(drawn.classes), told=mean is not None or std is not None),
+        describe.guesses(
+            metrics,
+            len(drawn.classes),
+            told=mean is not None or std is not None,
+            known=loaded.form == "checkpoint",
+        ),
         describe.doubts(metrics, made.quantization["activations"]),
     ):
         if said:
@@ -233,14 +240,18 @@ def _quantized(
     reporter: Reporter,
 ) -> Made:
     """Calibrate, place Q/DQ, adjust to a design, and turn what stays float into the type asked for."""
+    reporter.log("making an ONNX graph of the network")
+    if dialect.half and opset is None and loaded.source is not None:
+        opset = max(graph.opset_of(loaded.source.model), halves.LOWEST_OPSET)
     fp32 = dialect.prepared(loaded.to_onnx(opset))
     why = gradients.settle(fp32, loaded.input_shape, wanted, reporter)
     adjusts = design is not None and why is None
     plan, clean = dialect.plan(fp32), samples.batches(drawn.calibration)
     images = samples.as_sample(drawn.calibration, None if adjusts else CALIB_ATTACKED)
     size = footprint.gradient_batch(fp32)
+    own = None if drawn.labelled else lambda part: top1(graph.run(fp32, part))
     network = loaded.module if loaded.module is not None or why else Twin(fp32).eval()
-    attacked = [] if network is None else _attacked(network, images, eps, size, seed, reporter)
+    attacked = [] if network is None else _attacked(network, images, own, eps, size, seed, reporter)
     ranges: Mapping[str, Range] = calibrate(
         fp32,
         plan.activations,
@@ -286,8 +297,19 @@ def _quantized(
 
 
 def _attacked(
-    network: nn.Module, sample: Sample, eps: float, batch: int, seed: int, reporter: Reporter
+    network: nn.Module,
+    sample: Sample,
+    labels: Callable[[Images], NDArray[np.int64]] | None,
+    eps: float,
+    batch: int,
+    seed: int,
+    reporter: Reporter,
 ) -> list[Images]:
-    """FGSM versions of some calibration images: ranges must not clip what an attacker can send."""
+    """FGSM versions of some calibration images: ranges must not clip what an attacker can send.
+
+    `labels`: what to take for their labels, where they have none of their own.
+    """
     part = sample.take(CALIB_ATTACKED)
+    if labels is not None:
+        part = replace(part, labels=labels(part.images))
     return [craft(network, part, "fgsm", eps, batch=batch, seed=seed, reporter=reporter)]

@@ -19,15 +19,21 @@ from resq_deploy.export.load import LoadedModel
 Shape = tuple[int, int, int]
 Source = str | data.Dataset
 
+FEW = 100  # held-out images, below which a point of accuracy is less than one of them
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Calibration images and a held-out sample that has none of them; `record` says what they are."""
+    """Calibration images and a held-out sample that has none of them; `record` says what they are.
+
+    `labelled`: whether labels of the calibration images are classes of the network.
+    """
 
     calibration: data.Dataset
     held_out: Sample
     classes: tuple[str, ...]
     record: Mapping[str, Any]
+    labelled: bool = True
 
 
 def shape_of(source: Source) -> Shape:
@@ -54,7 +60,9 @@ def draw(
 
     `calib`, `evaluation`: names of data sets, or the sets themselves; default: what the checkpoint was
     trained on. An image that is used for calibration is not used for evaluation, wherever it comes from.
-    Raises DataError where there are no such data, they do not fit the network, or none is left.
+    Classes matter where networks are judged: calibration needs images only, and where its labels are no classes of the
+    network, `labelled` is false. Raises DataError where there are no such data, they do not fit the network, or none is
+    left.
     """
     say = reporter or Reporter()
     source = calib if calib is not None else model.trained.get("data")
@@ -65,14 +73,20 @@ def draw(
     judge = evaluation if evaluation is not None else source
     train = _load(source, "train", model.input_shape, say)
     test = _load(judge, "test", model.input_shape, say)
-    for dataset in (train, test):
-        _check_classes(dataset, model, say)
+    _check_classes(test, model, say)
+    if train.classes != test.classes:
+        _check_order(train, test)
     calibration = train.take(calib_samples, seed)
     held_out = _unseen(test.take(eval_samples + len(calibration), seed + 1), calibration)
     if not len(held_out):
         raise DataError(
             f"{test.name} has no test image that calibration does not use",
             "give another --eval, or fewer --calib-samples",
+        )
+    held_out = held_out.take(eval_samples)
+    if len(held_out) < FEW:
+        say.warn(
+            f"{len(held_out)} held-out images say little of accuracy: give --eval, or fewer --calib-samples"
         )
     record = {
         "data": train.name,
@@ -82,8 +96,9 @@ def draw(
         "eval_data": test.name,
         "eval_split": "test",
     }
-    classes = model.classes if model.form == "checkpoint" else test.classes
-    return Drawn(calibration, held_out.take(eval_samples), classes, record)
+    named = model.form != "checkpoint" and len(test.classes) == len(model.classes)
+    classes = test.classes if named else model.classes
+    return Drawn(calibration, held_out, classes, record, len(train.classes) <= len(classes))
 
 
 def batches(dataset: data.Dataset, size: int = 64) -> Iterator[NDArray[np.float32]]:
@@ -112,7 +127,25 @@ def _load(
     return source
 
 
+def _check_order(train: data.Dataset, test: data.Dataset) -> None:
+    """Raise DataError where two data sets name as many classes, but others: their numbers mean different classes."""
+    if len(train.classes) == len(test.classes) and not (_numbered(train) or _numbered(test)):
+        pairs = zip(train.classes, test.classes, strict=True)
+        here, there = next((a, b) for a, b in pairs if a != b)
+        raise DataError(
+            f"{test.name} has {there!r} where {train.name} has {here!r}: labels would mean other classes",
+            "name the classes alike in --calib and --eval",
+        )
+
+
+def _numbered(dataset: data.Dataset) -> bool:
+    """Whether its classes have no names: then there are as many as its largest label says."""
+    return dataset.classes == tuple(map(str, range(len(dataset.classes))))
+
+
 def _check_classes(dataset: data.Dataset, model: LoadedModel, reporter: Reporter) -> None:
+    if _numbered(dataset) and len(dataset.classes) < len(model.classes):
+        return  # images of the last classes are not among them
     if len(dataset.classes) != len(model.classes):
         raise DataError(
             f"{dataset.name} has {len(dataset.classes)} classes, the network {len(model.classes)}",

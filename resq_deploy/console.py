@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from resq_deploy import __version__
 from resq_deploy._streams import guarded
-from resq_deploy.errors import ResqError
+from resq_deploy.errors import MissingExtra, ResqError
 
 OK = 0
 REQUIREMENT_NOT_MET = 1
@@ -24,6 +24,7 @@ BAD_INPUT = 2
 BUG = 3
 INTERRUPTED = 130
 
+_EXTRAS = dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "export")
 _PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 _RATED_SECONDS = 1.0  # a rate over less is noise
 
@@ -161,7 +162,8 @@ def run(command: click.Command, args: list[str] | None = None, prog_name: str | 
     130 interrupted.
 
     The command's return value is its status (None: 0), whether or not anybody reads its output to the end. A ResqError
-    becomes one line on stderr; any other exception is a bug of ours and keeps its traceback.
+    or a missing package of an extra becomes one line on stderr; any other exception is a bug of ours and keeps its
+    traceback.
     """
     with guarded() as out:
         try:
@@ -177,6 +179,12 @@ def run(command: click.Command, args: list[str] | None = None, prog_name: str | 
         except (click.Abort, KeyboardInterrupt):
             sys.stderr.write("interrupted\n")
             return INTERRUPTED
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
+                return _bug()
+            sys.stderr.write(f"error: {MissingExtra(package, _EXTRAS[package])}\n")
+            return BAD_INPUT
         except SystemExit:
             if sys.stdout is out:
                 raise

@@ -32,6 +32,11 @@ def _command(error: BaseException | None = None, status: int | None = None) -> c
             2,
             "error: torch is not installed (pip install 'resq-deploy[export]')\n",
         ),
+        (
+            ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"),
+            2,
+            "error: torch is not installed (pip install 'resq-deploy[export]')\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -18,8 +18,9 @@ from resq_deploy import bundle
 from resq_deploy.console import BAD_INPUT, OK, run
 from resq_deploy.errors import BundleError
 from resq_deploy.export import pipeline
-from resq_deploy.export.cli import export, main
+from resq_deploy.export.cli import export, main, show
 from resq_deploy.export.engine_options import EngineOptions
+from resq_deploy.manifest import Adjustment
 from resq_deploy.runtime.faulty import evaluate
 from resq_deploy.runtime.runner import open_runner
 from tests.helpers import Bomb, checkpoint, images, save_npz
@@ -59,20 +60,40 @@ def test_one_argument_makes_a_bundle_and_a_table(
     assert made.manifest.provenance.command == ("resq-export", str(model), *FAST)
 
 
+def test_the_table_says_what_stage_three_is_worth_under_flips(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(export, [str(model), *FAST, "--quiet"]) == OK
+    made = bundle.Bundle.open(model.with_suffix(".resq"))
+    measured = {"plain": {"faulty": 0.951}, "adjusted": {"faulty": 0.976}, "bers": [1e-3, 1e-2]}
+    for applied in (True, False):
+        record = Adjustment(applied=applied, measured=measured)
+        told = made.manifest.model_copy(update={"adjustment": record})
+        show(bundle.Bundle(made.path, told))
+        said = capsys.readouterr().out
+        lines = [line for line in said.splitlines() if "worth" in line or "without" in line]
+        assert len(lines) == 2 * applied
+        if applied:
+            assert "worth under flips, BER 0.001 to 0.01" in lines[0]
+            assert "97.60%" in lines[0]
+            assert "95.10%" in lines[1]
+
+
 def test_json_is_one_object_and_quiet_is_quiet(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(export, [str(model), *FAST, "--json", "--quiet"]) == OK
     said = capsys.readouterr()
-    (line,) = said.err.splitlines()  # no progress; that nobody trained the network is still told
-    assert line.startswith("warning: the network is right on 33.3%")
+    few, untrained = said.err.splitlines()  # no progress; what figures are worth is still told
+    assert few.startswith("warning: 24 held-out images say little of accuracy")
+    assert untrained.startswith("warning: the network is right on 33.3%")
     told = json.loads(said.out)
     assert told["samples"] == 24
     assert told["int8_tensors"] == 11
     assert told["int8_bytes"] == model.with_suffix(".resq").joinpath(bundle.INT8).stat().st_size
     assert run(export, [str(model), *FAST, "--quiet", "--force"]) == OK
     said = capsys.readouterr()
-    assert (said.out, said.err.splitlines()) == ("", [line])
+    assert (said.out, said.err.splitlines()) == ("", [few, untrained])
 
 
 def test_attacks_that_know_the_faults_travel_with_the_bundle(

@@ -20,11 +20,22 @@ def test_a_network_that_guesses_may_want_other_pixels(
     metrics = Metrics(
         samples=100, fp32_accuracy=right, int8_accuracy=right, agreement=1.0, sqnr_db={}
     )
-    said = guesses(metrics, classes)
+    told = guesses(metrics, classes, told=True)
+    assert (told is None) == silent
+    assert told is None or ("look at --mean" in told and "give" not in told)
+    known = guesses(metrics, classes, known=True)
+    assert (known is None) == silent
+    assert known is None or "--mean" not in known
+
+
+@pytest.mark.parametrize(("right", "silent"), [(0.26, False), (0.36, False), (0.38, True)])
+def test_normalization_that_nobody_told_may_be_what_is_missing(right: float, silent: bool) -> None:
+    metrics = Metrics(
+        samples=100, fp32_accuracy=right, int8_accuracy=right, agreement=1.0, sqnr_db={}
+    )
+    said = guesses(metrics, 10)
     assert (said is None) == silent
     assert said is None or "give --mean and --std" in said
-    told = guesses(metrics, classes, told=True)
-    assert told is None or ("look at --mean" in told and "give" not in told)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +52,8 @@ def test_an_export_that_loses_says_where(
     assert (said is None) == silent
     if said:
         assert said.index("b (1.7 dB)") < said.index("c (30.0 dB)") < said.index("a (40.0 dB)")
+        assert "look at how the network was trained" in said
+        assert ("loses" in said) == (fp32 > int8)
+        fine = doubts(metrics, {"a": {"sqnr_db": 40.0}})
+        assert fine is not None
+        assert "look at --calib" in fine
