@@ -1,13 +1,20 @@
-"""What byte products of this CPU do, and integer operators that are right on every CPU.
+"""What byte products of this CPU do, and integer operators that are right on every CPU and fast on this one.
 
 x86 multiplies unsigned by signed bytes. Without VNNI it adds two such products in 16 bits, and they saturate: 255 * 127
 * 2 is more than they hold. Products of unsigned bytes are added in 32 bits there, at half the speed. So where products
 saturate, signed weights become unsigned ones with a zero point of 128: the same integers.
+
+With AMX a core multiplies tiles, several times as many bytes at once as with VNNI. ONNX Runtime's matrix products do
+so, its convolution of weights without a zero point does not. It looks for one among constants: where the zero point
+may be given when the graph runs, which nobody does, it takes its general convolution, and that is a matrix product.
 """
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 _PRODUCTS = {"QLinearConv": (3, 5), "MatMulIntegerToFloat": (1, 5)}
 _SHIFT = 128
 _BY = "resq/unsigned/by"  # 128 as a tensor
+# Layers that gain by tiles: products summed into one output, output channels, weights in all.
+_SUMMED, _FILTERS, _WEIGHTS = 256, 64, 2**15
+_ARCH_PRCTL, _PERMIT, _TILES = 158, 0x1023, 18  # x86-64 Linux: ARCH_REQ_XCOMP_PERM of XTILEDATA
 
 
 @lru_cache(maxsize=1)
@@ -36,6 +46,39 @@ def saturates() -> bool:
     model = helper.make_model(graph, opset_imports=versions, ir_version=8)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return bool(np.any(session.run(None, {"a": a})[0] != 255 * 127 * 64))
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether ONNX Runtime multiplies bytes in AMX tiles here: the CPU has them, and Linux lets the process use them."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.is_file() or "amx_int8" not in info.read_text():
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _PERMIT, _TILES) == 0)
+
+
+def suited(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A lowered graph as this CPU computes it exactly, and fastest; changed in place, if at all."""
+    if has_tiles():
+        in_tiles(model.graph)
+    return unsaturated(model)
+
+
+def in_tiles(graph: onnx.GraphProto) -> None:
+    """Convolutions that gain by tiles become matrix products; in place."""
+    held = {t.name: t for t in graph.initializer}
+    given = {i.name for i in graph.input}
+    for node in graph.node:
+        if node.op_type != "QLinearConv" or node.input[3] not in held:
+            continue
+        (filters, *window), zero = held[node.input[3]].dims, node.input[5]
+        summed = int(np.prod(window))
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        gains = summed >= _SUMMED and filters >= _FILTERS and filters * summed >= _WEIGHTS
+        if groups == 1 and gains and zero in held and zero not in given:
+            kind = held[zero].data_type
+            graph.input.append(helper.make_tensor_value_info(zero, kind, held[zero].dims))
+            given.add(zero)
 
 
 def unsaturated(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from resq_deploy.errors import ExecutionError
-from resq_deploy.runtime.cpu import unsaturated
+from resq_deploy.runtime.cpu import suited
 from resq_deploy.runtime.forms import Lowered, opsets
 from resq_deploy.runtime.graph import Arrays, attributes
 
@@ -75,7 +75,7 @@ class Segment:
             [helper.make_tensor_value_info(n, types[n], None) for n in self.outputs],
             inits,
         )
-        return unsaturated(helper.make_model(graph, opset_imports=self.opsets, ir_version=9))
+        return suited(helper.make_model(graph, opset_imports=self.opsets, ir_version=9))
 
     def build(self, arrays: Arrays) -> ort.InferenceSession:
         """A session with these parameters packed into it."""
