@@ -9,8 +9,9 @@ is installed. A checkpoint is taken from
 --checkpoints (or $RESQ_CHECKPOINTS) as ARCH-plain.pt, or as ARCH.pt (--arch resnet8-hard); what is
 missing is trained, and kept there. Finished parts (accuracy, flips, the design BER on all images, attacks,
 other quantizers' files under flips) of each network are kept too, as long as they are about the same
-graphs, so an interrupted run goes on where it stopped (--fresh: measure again).
-Ends with one JSON line.
+graphs, so an interrupted run goes on where it stopped (--fresh: measure again). Those of the documentation's page
+are in benchmarks/results: with --results benchmarks/results --threads 1 --no-speed --page FILE it is written anew, in a
+second. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -76,21 +77,41 @@ def main() -> None:
     folder = given.checkpoints.expanduser()
     results = (given.results or folder / "export-benchmark").expanduser()
     results.mkdir(parents=True, exist_ok=True)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {setup}\n")
+    print(f"{machine()}, {time.strftime('%Y-%m-%d')}, {setup}\n")
     setups = {arch: setup.of(arch) for arch in given.arch}
     if given.deep:
         setups = {arch: replace(own, deep=given.deep) for arch, own in setups.items()}
     found = {arch: kept(arch, folder, results, setups[arch], given.fresh) for arch in given.arch}
     timed: dict[str, Any] = {}
     if not given.no_speed:
-        from export_speed import speed
-
         arch = "resnet18" if "resnet18" in given.arch else given.arch[0]
-        timed = speed(arch, checkpoint(arch, folder, setup.of(arch)), setup)
+        timed = timing(arch, checkpoint(arch, folder, setup.of(arch)), setup, results)
     if given.page:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        given.page.write_text(page(found, timed, setup, machine))
+        given.page.write_text(page(found, timings(results), setup))
     print(json.dumps({**found, **timed}, sort_keys=True))
+
+
+def timings(results: Path) -> dict[str, Any]:
+    """Speed, time and memory as they were measured last, by what the CPU multiplied bytes with."""
+    path = results / "speed.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def timing(arch: str, path: Path, setup: Setup, results: Path) -> dict[str, Any]:
+    """Measure speed, time and memory, and keep them."""
+    from export_speed import products, speed
+
+    timed = speed(arch, path, setup)
+    timed["measured"] = f"{time.strftime('%Y-%m-%d')} with {commit()}, {machine()}"
+    found = {**timings(results), products(): timed}
+    (results / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    return timed
+
+
+def machine() -> str:
+    """What measures."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> dict[str, Any]:
@@ -117,14 +138,14 @@ def kept(arch: str, folder: Path, results: Path, setup: Setup, fresh: bool) -> d
         start = time.perf_counter()
         figures = PARTS[part](graphs)
         print(f"{arch}: {part} measured in {time.perf_counter() - start:.0f} s", flush=True)
-        measured = f"{time.strftime('%Y-%m-%d')} with {commit()}"
+        measured = f"{time.strftime('%Y-%m-%d')} with {commit()}, {machine()}"
         found[part] = {
             "setup": needs(part, setup),
             "graph": graph_of(part, graphs),
             "measured": measured,
             "figures": figures,
         }
-        path.write_text(json.dumps(found, indent=1))
+        path.write_text(json.dumps(found, indent=1) + "\n")
     when = {"measured": list(dict.fromkeys(found[part]["measured"] for part in found))}
     merged = when | {
         name: value for part in found.values() for name, value in part["figures"].items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -71,14 +72,27 @@ def speed(arch: str, path: Path, setup: Setup) -> dict[str, Any]:
     )
     return {
         "speed_arch": arch,
+        "threads": setup.threads,
         "images_per_s": rate,
         "speed_vs_ort_s8": rate["ours"] / rate["quantize_static S8 in ONNX Runtime"],
         "speed_vs_openvino": rate["ours"] / rate["our file in OpenVINO"],
+        "quantize_static_s": static,
+        "plain_s": times["plain_s"],
+        "adjusted_s": times["adjusted_s"],
         "time_vs_quantize_static": times["plain_s"] / static,
         "time_vs_quantize_static_adjusted": times["adjusted_s"] / static,
         "peak_plain_mib": times["peak_plain_mib"],
         "peak_mib": times["peak_mib"],
     }
+
+
+def products() -> str:
+    """What multiplies bytes here: AMX, VNNI or AVX2 (others than x86 have no name)."""
+    from resq_deploy.runtime import cpu
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return platform.machine()
+    return "AMX" if cpu.has_tiles() else "AVX2" if cpu.saturates() else "VNNI"
 
 
 def rates(runs: dict[str, Callable[[], Any]], rounds: int = 9) -> dict[str, float]:

@@ -50,7 +50,7 @@ def saturates() -> bool:
 
 @lru_cache(maxsize=1)
 def has_tiles() -> bool:
-    """Whether ONNX Runtime multiplies bytes in AMX tiles here: the CPU has them, and Linux lets the process use them."""
+    """Whether ONNX Runtime multiplies bytes in AMX tiles here: the CPU has them and Linux lets us use them."""
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.is_file() or "amx_int8" not in info.read_text():
         return False
