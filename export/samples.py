@@ -98,7 +98,8 @@ def draw(
     }
     named = model.form != "checkpoint" and len(test.classes) == len(model.classes)
     classes = test.classes if named else model.classes
-    return Drawn(calibration, held_out, classes, record, len(train.classes) <= len(classes))
+    labelled = 1 < len(train.classes) <= len(classes)  # one class for all is nobody's label
+    return Drawn(calibration, held_out, classes, record, labelled)
 
 
 def batches(dataset: data.Dataset, size: int = 64) -> Iterator[NDArray[np.float32]]:
@@ -118,7 +119,7 @@ def _load(
     source: Source, split: data.Split, shape: Shape | None, reporter: Reporter
 ) -> data.Dataset:
     if isinstance(source, str):
-        return data.load(source, split, shape=shape, reporter=reporter)
+        return data.load(source, split, shape=shape, labelled=split == "test", reporter=reporter)
     if shape is not None and source.shape != shape:
         raise DataError(
             f"{source.name} has images of shape {source.shape}, not {shape}",

@@ -56,8 +56,8 @@ def _gtsrb_test(base: Path) -> list[tuple[Path, int]]:
 
 
 def image_folder(place: str, split: str, shape: Shape | None, _reporter: Reporter) -> Images:
-    """DIR/{train,val,test}/CLASS/* or DIR/CLASS/*: decoded when read, scaled and centre-cropped to
-    `shape`.
+    """DIR/{train,val,test}/CLASS/* or DIR/CLASS/*, or images without labels in DIR itself: decoded when
+    read, scaled and centre-cropped to `shape`.
     """
     root = existing_folder(place)
     if shape is None:
@@ -66,17 +66,19 @@ def image_folder(place: str, split: str, shape: Shape | None, _reporter: Reporte
         raise DataError(f"images of {shape[0]} channels", "an imagefolder has 1 or 3")
     folder = _split_folder(root, split)
     classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-    found = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not found:
+    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
+    flat = [] if found else _images(folder)
+    if not found and not flat:
         raise DataError(f"{folder} holds no images", "put them in DIR/CLASS/")
     pillow()
+    if flat:
+        return Images(FileSource(tuple(flat), shape), None)
     source = FileSource(tuple(path for path, _ in found), shape)
     return Images(source, np.array([label for _, label in found]), classes)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
 def _split_folder(root: Path, split: str) -> Path:

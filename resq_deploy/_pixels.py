@@ -91,12 +91,12 @@ class FileSource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """What a reader found: pixels in memory [N, C, H, W] or files, labels [N], class names if they
+    """What a reader found: pixels in memory [N, C, H, W] or files, labels [N] and class names if they
     are known.
     """
 
     pixels: NDArray[Any] | FileSource
-    labels: NDArray[Any]
+    labels: NDArray[Any] | None
     classes: tuple[str, ...] | None = None
 
 

@@ -208,8 +208,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
 
 
 def npz(place: str, split: str, shape: Shape | None, _reporter: Reporter) -> Images:
-    """x (uint8, or float in [0, 1]; NCHW, NHWC or NHW) and y; or x_train, y_train, x_test, y_test;
-    maybe classes.
+    """x (uint8, or float in [0, 1]; NCHW, NHWC or NHW) and y, if there are labels; or x_train, y_train,
+    x_test, y_test; maybe classes.
     """
     path = Path(place)
     if not path.is_file():
@@ -219,17 +219,16 @@ def npz(place: str, split: str, shape: Shape | None, _reporter: Reporter) -> Ima
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {place}: {error}", "save it with numpy.savez") from error
-    x, y = (_part(place, arrays, key, split) for key in "xy")
+    x, y = (_part(arrays, key, split) for key in "xy")
+    if x is None:
+        held = ", ".join(sorted(arrays)) or "nothing"
+        raise DataError(f"{place} has no x or x_{split} (it has {held})", "save x= and y=")
     classes = tuple(map(str, arrays["classes"])) if "classes" in arrays else None
     return Images(_channels_first(x, shape), y, classes)
 
 
-def _part(place: str, arrays: dict[str, NDArray[Any]], key: str, split: str) -> NDArray[Any]:
-    for name in (f"{key}_{split}", key):
-        if name in arrays:
-            return arrays[name]
-    held = ", ".join(sorted(arrays)) or "nothing"
-    raise DataError(f"{place} has no {key} or {key}_{split} (it has {held})", "save x= and y=")
+def _part(arrays: dict[str, NDArray[Any]], key: str, split: str) -> NDArray[Any] | None:
+    return next((arrays[name] for name in (f"{key}_{split}", key) if name in arrays), None)
 
 
 def _channels_first(x: NDArray[Any], shape: Shape | None) -> NDArray[Any]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from resq_deploy.console import Reporter
 from resq_deploy.errors import DataError
 
 Split = Literal["train", "test"]
+
+UNLABELLED = ("unlabelled",)  # the classes of images that nobody has labelled
 
 _CHUNK = 1024
 
@@ -120,13 +122,19 @@ class Dataset:
 
 
 def load(
-    spec: str, split: Split, *, shape: Shape | None = None, reporter: Reporter | None = None
+    spec: str,
+    split: Split,
+    *,
+    shape: Shape | None = None,
+    labelled: bool = True,
+    reporter: Reporter | None = None,
 ) -> Dataset:
     """The train or test split of a named data set.
 
     `spec`: `digits`, `fashion-mnist[:DIR]`, `cifar10:DIR`, `cifar100:DIR`, `gtsrb:DIR`,
     `imagefolder:DIR` or `FILE.npz`. `shape` (C, H, W) is what the images must have; an imagefolder
-    is scaled and centre-cropped to it. CIFAR and GTSRB are downloaded into a DIR that exists and
+    is scaled and centre-cropped to it. `labelled` false: an npz or imagefolder need not have labels; where
+    it has none, all are 0 and the classes are UNLABELLED. CIFAR and GTSRB are downloaded into a DIR that exists and
     does not hold them, Fashion-MNIST without DIR into ~/.cache/resq-deploy. Raises DataError, or
     MissingExtra where a reader needs a package that is not installed.
     """
@@ -134,7 +142,15 @@ def load(
         raise DataError(f"unknown split {split!r}", "a data set has 'train' and 'test'")
     reader, place = _reader(spec)
     images = reader(place, split, shape, reporter or Reporter())
-    dataset = _dataset(spec, images)
+    labels = images.labels
+    if labels is None:
+        if labelled:
+            raise DataError(
+                f"{spec} has no labels for its {split} split",
+                "an npz has them as y, an imagefolder as DIR/CLASS/",
+            )
+        labels, images = np.zeros(len(images.pixels), np.int64), replace(images, classes=UNLABELLED)
+    dataset = _dataset(spec, images, labels)
     if shape is not None and dataset.shape != tuple(shape):
         raise DataError(
             f"{spec} has images of shape {_times(dataset.shape)}, not {_times(shape)}",
@@ -181,10 +197,10 @@ def _reader(spec: str) -> tuple[_Reader, str]:
     return _READERS[name], place
 
 
-def _dataset(spec: str, images: Images) -> Dataset:
+def _dataset(spec: str, images: Images, labels: NDArray[Any]) -> Dataset:
     if isinstance(images.pixels, np.ndarray):
-        return Dataset.from_arrays(spec, images.pixels, images.labels, images.classes)
-    numbers = readers.checked_labels(spec, images.labels, len(images.pixels), images.classes)
+        return Dataset.from_arrays(spec, images.pixels, labels, images.classes)
+    numbers = readers.checked_labels(spec, labels, len(images.pixels), images.classes)
     classes = tuple(images.classes or ())
     return Dataset(
         spec, classes, images.pixels.shape, numbers, images.pixels, np.arange(len(images.pixels))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resq_deploy import _readers
-from resq_deploy.data import Dataset, load
+from resq_deploy.data import UNLABELLED, Dataset, load
 from resq_deploy.errors import DataError
 
 
@@ -182,6 +182,18 @@ def test_image_folders_are_scaled_cropped_and_lazy(tmp_path: Path, split_folders
     (tmp_path / ("val" if split_folders else "") / "dog" / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="cannot decode"):
         found.batch([2])
+
+
+def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path) -> None:
+    for part, name in (("train", ""), ("test", "cat"), ("test", "dog")):
+        for i in range(3):
+            picture(tmp_path / part / name / f"{i}.png", 8, 8)
+    spec = f"imagefolder:{tmp_path}"
+    found = load(spec, "train", shape=(3, 8, 8), labelled=False)
+    assert (len(found), found.classes) == (3, UNLABELLED)
+    assert load(spec, "test", shape=(3, 8, 8), labelled=False).classes == ("cat", "dog")
+    with pytest.raises(DataError, match=r"no labels for its train split .*DIR/CLASS/"):
+        load(spec, "train", shape=(3, 8, 8))
 
 
 def test_centre_crop_keeps_the_middle(tmp_path: Path) -> None:

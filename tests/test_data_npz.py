@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from resq_deploy.data import load
+from resq_deploy.data import UNLABELLED, load
 from resq_deploy.errors import DataError
 from tests.test_data import pixels
 
@@ -64,7 +64,7 @@ X, Y = pixels(4, 1, 4, 4), np.array([0, 1, 0, 1])
         ({"x": X, "y": Y.astype(float)}, "float64"),
         ({"x": X[:0], "y": Y[:0]}, "is empty"),
         ({"x": X[0, 0], "y": Y}, "shape"),
-        ({"x": X}, "has no y"),
+        ({"x": X}, "has no labels for its test split"),
         ({"y": Y}, "has no x"),
         ({"x": np.array([object()]), "y": Y}, "pickle"),
     ],
@@ -76,3 +76,15 @@ def test_npz_that_cannot_be_used_is_refused(
     np.savez(path, **arrays)
     with pytest.raises(DataError, match=message):
         load(str(path), "test")
+
+
+def test_labels_may_be_missing_where_nobody_is_judged(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez(path, x_train=X, x_test=X[:2], y_test=Y[:2])
+    found = load(str(path), "train", labelled=False)
+    assert found.classes == UNLABELLED
+    assert len(found.take(3, 0)) == 3
+    assert np.array_equal(found.batch([1])[0][0] * 255, X[1])
+    assert load(str(path), "test", labelled=False).classes == ("0", "1")
+    with pytest.raises(DataError, match="no labels for its train split"):
+        load(str(path), "train")

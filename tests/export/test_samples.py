@@ -13,7 +13,7 @@ from resq_deploy.console import Reporter
 from resq_deploy.data import Dataset
 from resq_deploy.errors import DataError
 from resq_deploy.export import samples
-from resq_deploy.export.load import LoadedModel, load_model
+from resq_deploy.export.load import LoadedModel
 from resq_deploy.export.pipeline import export_model
 from tests.helpers import CLASSES, checkpoint, images
 
@@ -49,7 +49,11 @@ def draw(calib: Dataset, judge: Dataset | None, **options: Any) -> tuple[samples
 def test_images_of_other_classes_calibrate(calib: Dataset) -> None:
     drawn, _ = draw(calib, pictures(120, ("x", "y", "z")))
     assert drawn.classes == ("x", "y", "z")
-    assert drawn.labelled == (len(calib.classes) <= 3)
+    assert not drawn.labelled
+
+
+def test_labels_of_the_networks_classes_are_used() -> None:
+    assert draw(pictures(40, None, 1), pictures(120, None))[0].labelled
 
 
 def test_classes_in_another_order_are_refused() -> None:
@@ -75,12 +79,25 @@ def test_few_held_out_images_are_said(count: int, warns: bool) -> None:
 
 def test_an_export_takes_what_the_network_says_for_labels_that_are_none(tmp_path: Path) -> None:
     checkpoint().save(tmp_path / "m.pt")
-    x, y = images(40)
-    calib = Dataset.from_arrays("others", x, np.arange(40), [f"c{i}" for i in range(40)])
+    x = images(40)[0]
+    others = Dataset.from_arrays("others", x, np.arange(40), [f"c{i}" for i in range(40)])
     judge = Dataset.from_arrays("judge", *images(30, seed=2), CLASSES)
-    assert load_model(tmp_path / "m.pt").classes == CLASSES
-    made = export_model(
-        tmp_path / "m.pt", calib=calib, eval=judge, attacks=(), adjust=False, calib_samples=32
-    )
-    assert made.manifest.classes == CLASSES
-    assert len(y) == 40
+    np.savez(tmp_path / "none.npz", x=x)
+    made = []
+    for name, calib in (("others", others), ("none", f"{tmp_path}/none.npz")):
+        made.append(
+            export_model(
+                tmp_path / "m.pt", output=tmp_path / name, calib=calib, eval=judge, attacks=(), adjust=False,
+                calib_samples=40,
+            )
+        )  # fmt: skip
+        assert made[-1].manifest.classes == CLASSES
+    spans = [{n: a.scale for n, a in m.manifest.quantization.activations.items()} for m in made]
+    assert spans[0] == spans[1]  # the same images: what their labels are called does not matter
+
+
+def test_images_without_labels_judge_nothing(tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "m.pt")
+    np.savez(tmp_path / "none.npz", x=images(40)[0])
+    with pytest.raises(DataError, match=r"none\.npz has no labels for its test split"):
+        export_model(tmp_path / "m.pt", calib=f"{tmp_path}/none.npz", adjust=False)
