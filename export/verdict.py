@@ -20,7 +20,7 @@ HARDER = 3.0  # times as many mixtures as images lie near a decision: 1.8 to 5.7
 WORSE = 1.05  # times the disagreement of the best so far, that may be where that is below AGREEMENT already
 PRICE = 2.0  # points under flips at the design BER, that a point of agreement below must buy
 LEAST = 0.003  # that plain INT8 must lose under flips before anything replaces it
-WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it
+WORTH = 0.25  # of what plain INT8 loses under flips, that an adjusted graph must take back to replace it; or LEAST
 _Z = 2.33  # standard errors beyond what may be lost: 99%, one-sided; of one export some thirty are looked at
 _Z_GAIN = 1.64  # ... that a gain must exceed 0 by: 95%
 
@@ -72,10 +72,11 @@ def worthwhile(candidate: Scores, plain: Scores) -> bool:
     """Whether a candidate gains clearly under flips, and enough to be deployed instead of plain INT8.
 
     What stage II has hardened already, or what flips hardly touch, is left as it is: there a gain is mostly chance.
+    Where much is lost, most of it at the highest rate, a quarter is more than many a gain that nobody would leave.
     """
     gained = float(candidate.faulty.mean() - plain.faulty.mean())
     lost = float(plain.clean.mean() - plain.faulty.mean())
-    return lost >= LEAST and gains(candidate, plain) and gained > WORTH * lost
+    return lost >= LEAST and gains(candidate, plain) and gained > min(WORTH * lost, LEAST)
 
 
 def _change(after: Scores, before: Scores, rows: Sequence[int]) -> tuple[float, float]:

@@ -98,14 +98,20 @@ def test_a_trial_meets_the_flips_of_a_lower_rate_again_at_a_higher_one() -> None
 
 
 def test_a_gain_must_be_clear_and_a_quarter_of_the_loss() -> None:
-    plain = scores(faulty=0.8)  # loses 0.2
-    assert worthwhile(scores(faulty=0.86), plain)
-    assert not worthwhile(scores(faulty=0.84), plain)
+    plain = scores(faulty=0.992)  # loses 0.8 points
+    assert worthwhile(scores(faulty=0.9945), plain)
+    assert not worthwhile(scores(faulty=0.9935), plain)
     assert not worthwhile(plain, plain)
+
+
+def test_of_a_large_loss_less_than_a_quarter_will_do() -> None:
+    plain = scores(faulty=0.8)  # loses 20 points
+    assert worthwhile(scores(faulty=0.8031), plain)
+    assert not worthwhile(scores(faulty=0.8029), plain)
     luck = plain.faulty.copy()
     luck[:, :40] += 0.7  # one image in ten gains much
     assert worthwhile(replace(plain, faulty=luck), plain)
-    luck[:, 40:70] -= 0.6
+    luck[:, 40:75] -= 0.6
     assert not worthwhile(replace(plain, faulty=luck), plain)
 
 
